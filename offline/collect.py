@@ -13,19 +13,25 @@ D4RL's protocol (Fu et al. 2020, arXiv 2004.07219) on gymnasium's v5 environment
 The names are D4RL's, the files are not: scores on these data are not comparable with D4RL's tables.
 
 `--train` is SAC (Haarnoja et al. 2018, arXiv 1812.05905) with tuned temperature. It writes
-`offline/checkpoints/behaviour/<env>.pt` (weights of the snapshots) and continues where it was cut off (`--resume`).
+`offline/checkpoints/behaviour/<env>.pt` (weights of the snapshots) and can be continued where it was cut off
+(`--resume RUN_DIR`).
 """
 
 import difflib
+import json
 import math
 import os
+import pickle
 import shutil
 import sys
 import tempfile
 import time
+import zipfile
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import gymnasium as gym
 import minari
@@ -38,45 +44,36 @@ from minari.data_collector import EpisodeBuffer
 from minari.namespace import create_namespace, list_local_namespaces
 from minari.storage.datasets_root_dir import get_dataset_path
 from torch import nn
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-
-HERE = Path(__file__).resolve().parent
 
 
 @dataclass
 class Args:
-    env_id: str = "hopper-medium-v2"
-    """task: {hopper,walker2d,halfcheetah}-{random,medium,medium-replay,medium-expert,expert}-v2"""
-    seed: int = 1
-    """the only seed: start states, action noise and, with --train, networks and batches derive from it"""
-    num_steps: int | None = None
-    """transitions to collect; None: 1,000,000, for medium-replay as many as SAC needed to reach medium"""
-    num_envs: int = 64
-    """episodes that are rolled out at once, with one batched policy call for all of them"""
-    behaviour: str | None = None
-    """file of behaviour policies; None: offline/checkpoints/behaviour/<env>.pt"""
-    overwrite: bool = False
-    """replace the dataset (or, with --train, the file of behaviour policies) if it exists"""
-    train: bool = False
-    """train the behaviour policies instead of collecting"""
-    train_steps: int = 1_000_000
-    """environment steps of the SAC run, one update each"""
-    stop_score: float = 100.0
-    """normalised score of an evaluation at which the SAC run ends early"""
-    medium_score: float = 100 / 3
-    """normalised score of an evaluation at which the `medium` snapshot is taken: a third of expert"""
-    snapshot_every: int = 10_000
-    """environment steps between evaluations, each of which is a rung of the medium-replay ladder"""
-    resume: bool = False
-    """continue a SAC run that was cut off, from `<behaviour>.resume.pt`"""
-    compile: bool = True
-    """compile the update with torch.compile"""
-    matmul_precision: str = "medium"
-    """of float32 matrix products: highest (fp32), high, medium (bf16 inputs, fp32 sums)"""
-    num_threads: int = 1
-    """CPU threads: small networks get slower, not faster, once threads exceed the free cores"""
-    cuda: bool = False
-    """train on a GPU"""
+    env_id: str = "hopper-medium-v2"  # {hopper,walker2d,halfcheetah}-{random,medium,medium-replay,medium-expert,expert}-v2
+    seed: int = 1  # the only seed: start states, action noise and, with --train, networks and batches derive from it
+    num_steps: int | None = None  # transitions to collect; None: 1,000,000, for medium-replay as many as SAC took to medium
+    num_envs: int = 64  # episodes rolled out at once, with one policy call for all
+    behaviour: str | None = None  # file of behaviour policies; None: offline/checkpoints/behaviour/<env>.pt
+    overwrite: bool = False  # replace the dataset (or, with --train, the file of behaviour policies) if it exists
+
+    train: bool = False  # train the behaviour policies instead of collecting
+    train_steps: int = 1_000_000  # environment steps of the SAC run, with one update each
+    stop_score: float = 100.0  # score of an evaluation at which the SAC run ends early
+    medium_score: float = 100 / 3  # score of an evaluation from which the policy counts as medium: a third of expert
+    snapshot_every: int = 10_000  # environment steps between evaluations, each of them a rung of the medium-replay ladder
+    exp_name: str = "collect"  # part of the run folder's name
+    run_dir: str | None = None  # folder of the SAC run; None: runs/<env_id>__<exp_name>__<seed>__<time>
+    resume: str | None = None  # folder of a SAC run that was cut off, to be continued
+    cuda: bool = False  # train on a GPU
+    track: bool = False  # also log to Weights & Biases
+    wandb_project_name: str = "o2o"  # project there
+    wandb_entity: str | None = None  # team there
+    compile: bool = True  # compile the update into one graph
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # fp32, or bf16 inputs with fp32 sums (medium)
+    num_threads: int = 1  # CPU threads: such small networks get slower, not faster, once threads exceed the free cores
 
 
 # shared: tasks
@@ -90,8 +87,7 @@ ENVS = {
     "walker2d": ("Walker2d-v5", 1.629008, 4592.3),
     "halfcheetah": ("HalfCheetah-v5", -280.178953, 12135.0),
 }
-QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "expert")
-TASKS = [f"{name}-{quality}-v2" for name in ENVS for quality in QUALITIES]
+TASKS = [f"{env}-{q}-v2" for env in ENVS for q in ("random", "medium", "medium-replay", "medium-expert", "expert")]
 
 
 def parse_task(env_id):
@@ -112,63 +108,51 @@ def normalized_score(env_id, returns):
 # end shared
 
 
-# shared: cli
-def run_cli(main):
-    """Runs main(args) on the command line; a UserError becomes one sentence on stderr and exit code 2."""
-    try:
-        main(tyro.cli(Args))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+# shared: squashed_gaussian
+class SquashedGaussianActor(nn.Module):
+    """a = tanh(u), u ~ N(mean(s), std(s)^2): SAC's policy. `noise` is standard normal and given from outside, so that
+    a compiled and an eager update see the same numbers."""
+
+    def __init__(self, obs_mean, obs_std, act_dim, hidden):
+        super().__init__()
+        self.register_buffer("obs_mean", obs_mean.clone())
+        self.register_buffer("obs_std", obs_std.clone())
+        sizes = [len(obs_mean), *hidden]
+        layers = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.ReLU())]
+        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], 2 * act_dim))
+        nn.init.xavier_uniform_(self.net[-1].weight, gain=0.01)
+        nn.init.zeros_(self.net[-1].bias)
+
+    def forward(self, obs):
+        """(B, O) raw observations -> mean (B, A) and log_std (B, A) of u."""
+        mean, log_std = self.net((obs - self.obs_mean) / self.obs_std).chunk(2, dim=-1)
+        return mean, (log_std - 1).clamp(-20, 2)
+
+    def sample(self, obs, noise):
+        """-> action (B, A) in [-1, 1], its log_prob (B,) in nats, and u (B, A)."""
+        mean, log_std = self(obs)
+        u = mean + log_std.exp() * noise
+        return torch.tanh(u), squashed_log_prob(mean, log_std, u), u
+
+    def mode(self, obs):
+        """-> tanh of the mean (B, A), the action that evaluation executes."""
+        return torch.tanh(self(obs)[0])
+
+
+def squashed_log_prob(mean, log_std, u):
+    """log density of a = tanh(u) in nats, (..., A) three times -> (...):
+
+        log N(u; mean, std^2) - sum log(1 - tanh(u)^2),   log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2 u))
+
+    Takes u and not a: atanh(a) is not finite where tanh rounds to 1."""
+    normal = -0.5 * ((u - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
+    return (normal - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)
 
 
 # end shared
 
 
-# shared: save_file
-def save_file(payload, path):
-    """torch.save that never leaves half a file: written beside `path`, then renamed. Raises UserError if it fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        torch.save(payload, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error}); the previous file, if any, is unchanged") from error
-
-
-# end shared
-
-
-# shared: env_state
-def env_state(env):
-    """Everything that env.step depends on, as tensors and numbers: MuJoCo's state, time limit counter, random state."""
-    base, limit = env.unwrapped, env
-    while not isinstance(limit, gym.wrappers.TimeLimit):
-        limit = limit.env
-    kind = mujoco.mjtState.mjSTATE_INTEGRATION
-    state = np.zeros(mujoco.mj_stateSize(base.model, kind))
-    mujoco.mj_getState(base.model, base.data, state, kind)
-    rng = base.np_random.bit_generator.state
-    return {"physics": torch.from_numpy(state), "elapsed": limit._elapsed_steps, "rng": rng}
-
-
-def set_env_state(env, saved):
-    """The inverse of env_state, on an environment that has been reset once."""
-    base, limit = env.unwrapped, env
-    while not isinstance(limit, gym.wrappers.TimeLimit):
-        limit = limit.env
-    mujoco.mj_setState(base.model, base.data, saved["physics"].numpy(), mujoco.mjtState.mjSTATE_INTEGRATION)
-    mujoco.mj_forward(base.model, base.data)
-    limit._elapsed_steps = saved["elapsed"]
-    base.np_random.bit_generator.state = saved["rng"]
-
-
-# end shared
-
-
-# shared: mlp
+# shared: critics
 class StackedLinear(nn.Module):
     """n linear layers in one batched matmul: (n, B, inputs) -> (n, B, outputs), orthogonal weights of gain 1."""
 
@@ -194,20 +178,16 @@ class StackedLayerNorm(nn.Module):
 
 
 class Critics(nn.Module):
-    """n Q-functions side by side: observations (B, O) and actions (B, A) -> Q of shape (n, B)."""
+    """n Q-functions side by side: raw observations (B, O) and actions (B, A) -> Q of shape (n, B)."""
 
     def __init__(self, obs_mean, obs_std, act_dim, hidden, n=2, layer_norm=False):
         super().__init__()
         self.register_buffer("obs_mean", obs_mean.clone())
         self.register_buffer("obs_std", obs_std.clone())
-        sizes = [len(obs_mean) + act_dim, *hidden]
-        layers = []
-        for inputs, outputs in zip(sizes[:-1], sizes[1:]):
-            layers += [StackedLinear(n, inputs, outputs)]
-            layers += [StackedLayerNorm(n, outputs)] if layer_norm else []
-            layers += [nn.ReLU()]
+        sizes, layers, self.n = [len(obs_mean) + act_dim, *hidden], [], n
+        for inputs, outputs in pairwise(sizes):
+            layers += [StackedLinear(n, inputs, outputs), *([StackedLayerNorm(n, outputs)] if layer_norm else []), nn.ReLU()]
         self.net = nn.Sequential(*layers, StackedLinear(n, sizes[-1], 1))
-        self.n = n
 
     def forward(self, obs, action):
         x = torch.cat([(obs - self.obs_mean) / self.obs_std, action], dim=-1)
@@ -217,83 +197,43 @@ class Critics(nn.Module):
 # end shared
 
 
-# shared: squashed_gaussian
-class SquashedGaussianActor(nn.Module):
-    """a = tanh(u), u ~ N(mean(s), std(s)^2): SAC's policy. `noise` is standard normal and given from outside, so that
-    a compiled and an eager update see the same numbers."""
-
-    def __init__(self, obs_mean, obs_std, act_dim, hidden):
-        super().__init__()
-        self.register_buffer("obs_mean", obs_mean.clone())
-        self.register_buffer("obs_std", obs_std.clone())
-        sizes = [len(obs_mean), *hidden]
-        layers = [m for i, o in zip(sizes[:-1], sizes[1:]) for m in (nn.Linear(i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], 2 * act_dim))
-        nn.init.xavier_uniform_(self.net[-1].weight, gain=0.01)
-        nn.init.zeros_(self.net[-1].bias)
-
-    def forward(self, obs):
-        """(B, O) raw observations -> mean (B, A) and log_std (B, A) of u."""
-        mean, log_std = self.net((obs - self.obs_mean) / self.obs_std).chunk(2, dim=-1)
-        return mean, (log_std - 1).clamp(-20, 2)
-
-    def sample(self, obs, noise):
-        """-> action (B, A) in [-1, 1], its log_prob (B,) in nats, and u (B, A)."""
-        mean, log_std = self(obs)
-        u = mean + log_std.exp() * noise
-        return torch.tanh(u), squashed_log_prob(mean, log_std, u), u
-
-    def mode(self, obs):
-        """-> tanh of the mean (B, A), the action that evaluation executes."""
-        return torch.tanh(self(obs)[0])
-
-
-def squashed_log_prob(mean, log_std, u):
-    """log density of a = tanh(u) in nats, (B, A) three times -> (B,):
-
-        log N(u; mean, std^2) - sum log(1 - tanh(u)^2),   log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2 u))
-
-    Takes u and not a: atanh(a) is not finite where tanh rounds to 1."""
-    normal = -0.5 * ((u - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
-    return (normal - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)
-
-
-# end shared
-
-
 # shared: update_tools
+class Scalar(nn.Module):
+    """One learned number, with the state_dict that a network has."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(float(value)))
+
+
 class Adam:
-    """torch.optim.Adam (Kingma & Ba 2015, betas 0.9 and 0.999) as plain tensor operations: torch.optim's own step
-    breaks the compiled update into pieces, which costs a quarter of its speed. `lr` is a tensor, free to change."""
+    """torch.optim.Adam (betas 0.9 and 0.999) as plain tensor operations: torch.optim's own step breaks the compiled
+    update into pieces, which costs a quarter of its speed."""
 
     def __init__(self, params, lr, eps=1e-8):
-        self.params, self.eps = list(params), eps
-        device = self.params[0].device
-        self.lr, self.steps = torch.tensor(float(lr), device=device), torch.zeros((), device=device)
+        self.params, self.lr, self.eps = list(params), lr, eps
+        self.steps = torch.zeros((), device=self.params[0].device)
         self.mean = [torch.zeros_like(p) for p in self.params]
         self.square = [torch.zeros_like(p) for p in self.params]
 
-    @torch.no_grad()
     def minimize(self, loss):
         """One step on a scalar loss. Only this optimiser's parameters get gradients, so the critics' weights stay out
         of the actor's graph. autograd.grad and not loss.backward(): the latter does nothing inside torch.compile."""
         grads = torch.autograd.grad(loss, self.params)
-        self.steps += 1
-        torch._foreach_lerp_(self.mean, grads, 0.1)
-        torch._foreach_mul_(self.square, 0.999)
-        torch._foreach_addcmul_(self.square, grads, grads, 0.001)
-        root = torch._foreach_div(torch._foreach_sqrt(self.square), (1 - 0.999**self.steps).sqrt())
-        step = torch._foreach_div(self.mean, torch._foreach_add(root, self.eps))
-        torch._foreach_sub_(self.params, torch._foreach_mul(step, self.lr / (1 - 0.9**self.steps)))
+        with torch.no_grad():
+            self.steps += 1
+            torch._foreach_lerp_(self.mean, grads, 0.1)
+            torch._foreach_mul_(self.square, 0.999)
+            torch._foreach_addcmul_(self.square, grads, grads, 0.001)
+            root = torch._foreach_div(torch._foreach_sqrt(self.square), (1 - 0.999**self.steps).sqrt())
+            step = torch._foreach_div(self.mean, torch._foreach_add(root, self.eps))
+            torch._foreach_sub_(self.params, torch._foreach_mul(step, self.lr / (1 - 0.9**self.steps)))
 
     def state_dict(self):
-        return {"lr": self.lr, "steps": self.steps, "mean": self.mean, "square": self.square}
+        return {"steps": self.steps, "mean": self.mean, "square": self.square}
 
     def load_state_dict(self, state):
-        for mine, saved in zip(
-            [self.lr, self.steps, *self.mean, *self.square],
-            [state["lr"], state["steps"], *state["mean"], *state["square"]],
-        ):
+        for mine, saved in zip([self.steps, *self.mean, *self.square], [state["steps"], *state["mean"], *state["square"]]):
             mine.copy_(saved)
 
 
@@ -305,20 +245,19 @@ def polyak(target, source, tau):
 
 def compile_update(update, enabled):
     """The whole update as one graph (CUDA graphs on a GPU); with `enabled` False the same function as it stands."""
+    if enabled and not torch.cuda.is_available():
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            print("no C++ compiler found: updates run uncompiled, about a third slower", file=sys.stderr)
+            enabled = False
     if not enabled:
         return update
     torch._dynamo.config.trace_autograd_ops = True  # lets torch.autograd.grad stay inside the graph
-    mode = "reduce-overhead" if torch.cuda.is_available() else "default"
-    return torch.compile(update, mode=mode, fullgraph=True)
+    return torch.compile(update, mode="reduce-overhead" if torch.cuda.is_available() else "default", fullgraph=True)
 
 
 # end shared
-
-
-def split(rows, obs_dim, act_dim):
-    """(B, 2 O + A + 2) rows of a buffer -> obs, action, reward (B,), next_obs, terminated (B,)."""
-    obs, action, reward, next_obs, terminated = rows.split([obs_dim, act_dim, 1, obs_dim, 1], dim=-1)
-    return obs, action, reward.squeeze(-1), next_obs, terminated.squeeze(-1)
 
 
 def make_sac(obs_dim, act_dim, device, gamma=0.99, tau=0.005, lr=3e-4):
@@ -326,134 +265,97 @@ def make_sac(obs_dim, act_dim, device, gamma=0.99, tau=0.005, lr=3e-4):
     zeros, ones = torch.zeros(obs_dim), torch.ones(obs_dim)
     actor = SquashedGaussianActor(zeros, ones, act_dim, (256, 256)).to(device)
     critics = Critics(zeros, ones, act_dim, (256, 256)).to(device)
-    targets = deepcopy(critics)
-    log_alpha = nn.Parameter(torch.zeros((), device=device))
-    actor_optimizer, critic_optimizer = Adam(actor.parameters(), lr), Adam(critics.parameters(), lr)
-    alpha_optimizer = Adam([log_alpha], lr)
+    targets, log_alpha = deepcopy(critics), Scalar(0.0).to(device)
+    nets = {"actor": actor, "critics": critics, "targets": targets, "log_alpha": log_alpha}
+    optimizers = {name: Adam(nets[name].parameters(), lr) for name in ("actor", "critics", "log_alpha")}
 
     def update(rows, noise):
-        """rows (B, 2 O + A + 2), noise (2, B, A) standard normal -> critic loss, mean Q, temperature (detached)."""
-        obs, action, reward, next_obs, terminated = split(rows, obs_dim, act_dim)
-        alpha = log_alpha.detach().exp()
+        """rows (B, 2 O + A + 2), noise (2, B, A) standard normal -> detached numbers."""
+        obs, action, reward, next_obs, terminated = rows.split([obs_dim, act_dim, 1, obs_dim, 1], dim=-1)
+        reward, terminated = reward.squeeze(-1), terminated.squeeze(-1)
+        alpha = log_alpha.weight.detach().exp()
         with torch.no_grad():
             next_action, next_log_prob, _ = actor.sample(next_obs, noise[0])
             next_value = targets(next_obs, next_action).amin(0) - alpha * next_log_prob
             target = reward + gamma * (1 - terminated) * next_value
         q = critics(obs, action)
         critic_loss = ((q - target) ** 2).mean(-1).sum()
-        critic_optimizer.minimize(critic_loss)
+        optimizers["critics"].minimize(critic_loss)
 
         new_action, log_prob, _ = actor.sample(obs, noise[1])
-        actor_optimizer.minimize((alpha * log_prob - critics(obs, new_action).amin(0)).mean())
-        alpha_optimizer.minimize(-log_alpha * (log_prob.detach().mean() - act_dim))  # target entropy: -A nats
+        optimizers["actor"].minimize((alpha * log_prob - critics(obs, new_action).amin(0)).mean())
+        optimizers["log_alpha"].minimize(-log_alpha.weight * (log_prob.detach().mean() - act_dim))  # target entropy: -A nats
         polyak(targets, critics, tau)
-        return critic_loss.detach(), q.detach().mean(), alpha
+        return {"critic_loss": critic_loss.detach(), "q_mean": q.detach().mean(), "alpha": alpha}
 
-    modules = {"actor": actor, "critics": critics, "targets": targets}
-    optimizers = {"actor": actor_optimizer, "critics": critic_optimizer, "alpha": alpha_optimizer}
-    return modules, optimizers, log_alpha, update
-
-
-@torch.no_grad()
-def rollout_returns(actor, gym_id, episodes, seed, device):
-    """Returns of `episodes` episodes with sampled actions, all at once in environments of their own: (episodes,)."""
-    envs = [gym.make(gym_id) for _ in range(episodes)]
-    generator = torch.Generator().manual_seed(seed)
-    obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
-    returns, alive = np.zeros(episodes), np.arange(episodes)
-    while len(alive):
-        noise = torch.randn(episodes, envs[0].action_space.shape[0], generator=generator)[alive].to(device)
-        actions = actor.sample(torch.as_tensor(obs[alive], dtype=torch.float32, device=device), noise)[0].cpu().numpy()
-        still = []
-        for i, action in zip(alive, actions):
-            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
-            returns[i] += reward
-            if not (terminated or truncated):
-                still.append(i)
-        alive = np.array(still, dtype=int)
-    return returns
+    return nets, optimizers, update
 
 
 def train(args, path):
-    """SAC from scratch; every `snapshot_every` steps an evaluation, a snapshot and a resume file. Writes `path` with
-    the ladder (float16) and the medium and best snapshots (float32)."""
+    """SAC from scratch. Every `snapshot_every` steps it evaluates the sampled policy, takes a snapshot and writes `path`:
+    the ladder up to medium (float16), the medium and the best snapshot (float32)."""
     name, _ = parse_task(args.env_id)
-    gym_id, resume_path = ENVS[name][0], path.with_name(path.name + ".resume.pt")
     if path.exists() and not (args.overwrite or args.resume):
         raise UserError(f"{path} exists; pass --overwrite to train these policies again")
-    if args.resume and not resume_path.exists():
-        raise UserError(f"nothing to resume: {resume_path} does not exist; leave --resume out to start the run")
-    device = torch.device("cuda" if args.cuda else "cpu")
+    device = pick_device(args.cuda)
+    run = Run(args, "collect", {"step": 0})
     torch.manual_seed(args.seed)
-    env = gym.make(gym_id)
+    env, envs = gym.make(ENVS[name][0]), [gym.make(ENVS[name][0]) for _ in range(10)]
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
-    modules, optimizers, log_alpha, update = make_sac(obs_dim, act_dim, device)
-    update = compile_update(update, args.compile)
-    actor = modules["actor"]
+    nets, optimizers, update = make_sac(obs_dim, act_dim, device)
+    actor, update = nets["actor"], compile_update(update, args.compile)
     buffer = torch.zeros(args.train_steps, 2 * obs_dim + act_dim + 2, device=device)
-    generator = torch.Generator(device=device).manual_seed(args.seed)
-    warm_up, batch_size = 10_000, 256
-    snapshots, medium, best, step = [], None, 0, 0
+    generator = torch.Generator(device).manual_seed(args.seed)
+    run.restore(nets, optimizers, generator)
+    warm_up, batch_size, values = 10_000, 256, {}
     obs, _ = env.reset(seed=args.seed)
-    if args.resume:
-        saved = torch.load(resume_path, map_location=device, weights_only=True)
-        for key in modules:
-            modules[key].load_state_dict(saved["modules"][key])
-        for key in optimizers:
-            optimizers[key].load_state_dict(saved["optimizers"][key])
-        log_alpha.data.copy_(saved["log_alpha"])
-        generator.set_state(saved["generator"].cpu())
-        step, snapshots, medium, best = saved["step"], saved["snapshots"], saved["medium"], saved["best"]
-        buffer[:step] = saved["buffer"]
-        obs = saved["obs"].cpu().numpy()
-        set_env_state(env, saved["env"])
+    ladder, medium, best, first = [], None, None, run.progress["step"]
+    if run.saved:
+        ladder, medium, best = (run.saved[key] for key in ("ladder", "medium", "best"))
+        buffer[:first], obs = run.saved["buffer"].to(device), run.saved["obs"].numpy()
+        set_env_state(env, run.saved["env"])
 
-    started, first = time.time(), step
-    for step in tqdm(range(step + 1, args.train_steps + 1), initial=step, total=args.train_steps, disable=None):
-        with torch.no_grad():
-            noise = torch.randn(1, act_dim, generator=generator, device=device)
-            if step <= warm_up:
-                action = 2 * torch.rand(act_dim, generator=generator, device=device) - 1
-            else:
-                action = actor.sample(torch.as_tensor(obs[None], dtype=torch.float32, device=device), noise)[0][0]
-        next_obs, reward, terminated, truncated, _ = env.step(action.cpu().numpy())
-        row = np.concatenate([obs, action.cpu().numpy(), [reward], next_obs, [float(terminated)]])
+    clock, counted = time.time(), 0
+    for step in tqdm(range(first + 1, args.train_steps + 1), initial=first, total=args.train_steps, disable=None):
+        noise = torch.randn(1, act_dim, generator=generator, device=device)
+        if step <= warm_up:
+            action = torch.erf(noise[0] / math.sqrt(2)).cpu().numpy()  # of normal noise: uniform on [-1, 1]
+        else:
+            with torch.no_grad():
+                obs_tensor = torch.as_tensor(obs[None], dtype=torch.float32, device=device)
+                action = actor.sample(obs_tensor, noise)[0][0].cpu().numpy()
+        next_obs, reward, terminated, truncated, _ = env.step(action)
+        row = np.concatenate([obs, action, [reward], next_obs, [terminated]])  # a time limit keeps its bootstrap
         buffer[step - 1] = torch.as_tensor(row, dtype=torch.float32)
         obs = env.reset()[0] if terminated or truncated else next_obs
         if step > warm_up:
-            rows = buffer[torch.randint(step, (batch_size,), generator=generator, device=device)]
-            update(rows, torch.randn(2, batch_size, act_dim, generator=generator, device=device))
+            batch = buffer[torch.randint(step, (batch_size,), generator=generator, device=device)]
+            values = update(batch, torch.randn(2, batch_size, act_dim, generator=generator, device=device))
+        counted += 1
         if step % args.snapshot_every:
             continue
 
-        returns = rollout_returns(actor, gym_id, 10, args.seed + 10_000 + step, device)
-        score = normalized_score(args.env_id, returns.mean())
-        if not np.isfinite(score) or not all(p.isfinite().all() for p in actor.parameters()):
-            raise UserError(f"the weights are not finite at step {step}; the last good state is {resume_path}")
-        weights = {k: v.detach().cpu().clone() for k, v in actor.state_dict().items()}
-        snapshot = {"step": step, "return": float(returns.mean()), "score": float(score), "actor": weights}
-        snapshots.append({**snapshot, "actor": {k: v.half() for k, v in weights.items()}})
-        if medium is None and score >= args.medium_score:
-            medium = snapshot
-        if not best or score > best["score"]:
+        rate = counted / (time.time() - clock)
+        mean_return, _, _ = evaluate(lambda *x: actor.sample(*x)[0], envs, 10_000_000 * args.seed + step, device, 0.99)
+        score = float(normalized_score(args.env_id, mean_return))
+        run.log("sac", step, {**values, "return": mean_return, "score": score, "steps_per_second": rate})
+        print(f"sac {step}: return {mean_return:.0f}, score {score:.1f}, {rate:.0f} steps/s", flush=True)
+        weights = {key: value.detach().cpu().clone() for key, value in actor.state_dict().items()}
+        snapshot = {"step": step, "return": float(mean_return), "score": score, "actor": weights}
+        if medium is None:
+            ladder.append({**snapshot, "actor": {key: value.half() for key, value in weights.items()}})
+            medium = snapshot if score >= args.medium_score else None
+        if best is None or score > best["score"]:
             best = snapshot
-        rate = (step - first) / (time.time() - started)
-        print(f"step {step}: return {returns.mean():.0f} +- {returns.std():.0f}, score {score:.1f}, {rate:.0f} steps/s", flush=True)
-        save_file({"format": 1, "algorithm": "sac", "env": name, "hidden": [256, 256], "medium": medium, "expert": best,
-                   "ladder": snapshots if medium is None else [s for s in snapshots if s["step"] <= medium["step"]],
-                   "args": asdict(args), "versions": versions()}, path)
-        save_file({"modules": {k: m.state_dict() for k, m in modules.items()},
-                   "optimizers": {k: o.state_dict() for k, o in optimizers.items()}, "log_alpha": log_alpha.detach(),
-                   "generator": generator.get_state(), "step": step, "snapshots": snapshots, "medium": medium,
-                   "best": best, "buffer": buffer[:step].clone(), "obs": torch.from_numpy(obs), "env": env_state(env)},
-                  resume_path)
+        policies = {"format": 1, "algorithm": "sac", "env": name, "hidden": [256, 256], "ladder": ladder}
+        policies |= {"medium": medium, "expert": best, "args": asdict(args), "versions": versions()}
+        save_file(policies, path)
+        run.progress["step"] = step
+        extra = {"ladder": ladder, "medium": medium, "best": best, "buffer": buffer[:step].cpu()}
+        run.save(**extra, obs=torch.from_numpy(obs), env=env_state(env))
         if score >= args.stop_score:
             break
-
-
-def versions():
-    """Of the packages that decide what a run computes."""
-    return {m.__name__: str(m.__version__) for m in (torch, np, gym, mujoco, minari)} | {"python": sys.version.split()[0]}
+        clock, counted = time.time(), 0
 
 
 def behaviour_schedule(quality, policies, num_steps):
@@ -522,10 +424,12 @@ def collect(args, path):
     policies = {"hidden": []}
     if quality != "random":
         if not path.exists():
-            raise UserError(f"no behaviour policies at {path}; train them with: python offline/collect.py --env-id {args.env_id} --train")
-        policies = torch.load(path, weights_only=True)
+            raise UserError(f"no behaviour policies at {path}; train them with --env-id {args.env_id} --train")
+        policies = load_file(path, "cpu")
         if policies.get("algorithm") != "sac" or policies.get("env") != name:
             raise UserError(f"{path} does not hold behaviour policies of {name}; train them with --train")
+        if policies["medium"] is None:
+            raise UserError(f"the SAC run behind {path} has not reached medium yet; continue it with --train --resume")
     num_steps = args.num_steps or (policies["medium"]["step"] if quality == "medium-replay" else 1_000_000)
     started, episodes = time.time(), []
     with tqdm(total=num_steps, unit="step", unit_scale=True, desc=dataset_id, disable=None) as bar:
@@ -548,7 +452,6 @@ def collect(args, path):
                 algorithm_name="uniform random" if quality == "random" else "SAC",
                 author="o2o",
                 code_permalink="offline/collect.py",
-                eval_env=gym_id,
                 ref_min_score=low,
                 ref_max_score=high,
                 description=f"{args.env_id} made by offline/collect.py on {gym_id} (D4RL's protocol, not D4RL's file); "
@@ -572,13 +475,177 @@ def collect(args, path):
     )
 
 
+# shared: evaluate
+@torch.no_grad()
+def evaluate(policy, envs, seed, device, gamma):
+    """One episode in each of `envs`, all at once. `policy(obs (n, O), noise (n, A)) -> actions (n, A)`. Start states and
+    noise come from `seed` alone: no random number of training is drawn. -> mean return, mean discounted return, and
+    the environment steps of all episodes together."""
+    generator = torch.Generator().manual_seed(seed)
+    obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
+    returns, discounted, alive, steps, discount = np.zeros(len(envs)), np.zeros(len(envs)), np.arange(len(envs)), 0, 1.0
+    while len(alive):
+        noise = torch.randn(len(envs), envs[0].action_space.shape[0], generator=generator)[alive].to(device)
+        actions = policy(torch.as_tensor(obs[alive], dtype=torch.float32, device=device), noise).cpu().numpy()
+        running = np.ones(len(alive), dtype=bool)
+        for k, i in enumerate(alive):
+            obs[i], reward, terminated, truncated, _ = envs[i].step(actions[k])
+            returns[i] += reward
+            discounted[i] += discount * reward
+            running[k] = not (terminated or truncated)
+        steps, alive, discount = steps + len(alive), alive[running], discount * gamma
+    return returns.mean(), discounted.mean(), steps
+
+
+# end shared
+
+
+# shared: env_state
+def env_state(env):
+    """Everything that the next env.step depends on: MuJoCo's state, the time limit's counter, the random state."""
+    base, kind = env.unwrapped, mujoco.mjtState.mjSTATE_INTEGRATION
+    physics = np.zeros(mujoco.mj_stateSize(base.model, kind))
+    mujoco.mj_getState(base.model, base.data, physics, kind)
+    elapsed = env.get_wrapper_attr("_elapsed_steps")
+    return {"physics": torch.from_numpy(physics), "elapsed": elapsed, "rng": base.np_random.bit_generator.state}
+
+
+def set_env_state(env, saved):
+    """The inverse of env_state, on an environment that has been reset once."""
+    base = env.unwrapped
+    mujoco.mj_setState(base.model, base.data, saved["physics"].numpy(), mujoco.mjtState.mjSTATE_INTEGRATION)
+    env.set_wrapper_attr("_elapsed_steps", saved["elapsed"])
+    base.np_random.bit_generator.state = saved["rng"]
+
+
+# end shared
+
+
+# shared: files
+def save_file(payload, path):
+    """torch.save that never leaves half a file: written beside `path`, then renamed. Raises UserError if it fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        torch.save(payload, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({error}); the previous file, if any, is unchanged") from error
+
+
+def load_file(path, device):
+    """torch.load of tensors, numbers and strings only. Raises UserError if the file is missing or broken."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is incomplete or no checkpoint of ours ({str(error).splitlines()[0]})") from error
+
+
+def versions():
+    """Of the packages that decide what a run computes."""
+    return {m.__name__: str(m.__version__) for m in (torch, np, gym, mujoco, minari)}
+
+
+# end shared
+
+
+# shared: run_folder
+class Run:
+    """The run folder and everything that makes a run resumable. `progress` holds plain numbers, strings and lists."""
+
+    def __init__(self, args, algorithm, progress):
+        default = f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.dir, saved = Path(args.resume or args.run_dir or default), None
+        if args.resume and (self.dir / "resume.pt").exists():
+            saved = load_file(self.dir / "resume.pt", "cpu")
+        elif not args.resume and (self.dir / "args.json").exists():
+            raise UserError(f"{self.dir} holds a run already; continue it with --resume or name another --run-dir")
+        self.dir.mkdir(parents=True, exist_ok=True)
+        (self.dir / "args.json").write_text(json.dumps({"algorithm": algorithm, **asdict(args)}, indent=1))
+        self.metrics = open(self.dir / "metrics.jsonl", "a")
+        self.metrics.truncate(saved["metrics_bytes"] if saved else 0)  # rows after resume.pt will be written again
+        self.progress, self.saved = saved["progress"] if saved else progress, saved
+        self.started = time.time() - (saved["seconds"] if saved else 0)
+        self.nets, self.optimizers, self.generator = {}, {}, None
+        self.board, self.wandb = SummaryWriter(self.dir / "tensorboard"), None
+        if args.track:
+            import wandb
+
+            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": self.dir.name}
+            self.wandb = wandb.init(**names, config=asdict(args))
+
+    def restore(self, nets, optimizers, generator):
+        """Names what resume.pt holds, and loads it when this run continues one."""
+        self.nets, self.optimizers, self.generator = nets, optimizers, generator
+        if self.saved:
+            for kind, parts in (("nets", nets), ("optimizers", optimizers)):
+                for key, part in parts.items():
+                    part.load_state_dict(self.saved[kind][key])
+            generator.set_state(self.saved["generator"])
+
+    def save(self, **extra):
+        """Writes resume.pt. `extra`: what the current stage needs beyond networks, optimisers and progress."""
+        parts = {"nets": self.nets, "optimizers": self.optimizers}
+        state = {kind: {key: part.state_dict() for key, part in parts[kind].items()} for kind in parts}
+        state |= {"generator": self.generator.get_state(), "progress": self.progress, **extra}
+        position = {"metrics_bytes": self.metrics.tell(), "seconds": time.time() - self.started}
+        save_file({**state, **position}, self.dir / "resume.pt")
+
+    def log(self, stage, step, values):
+        """One row of metrics.jsonl. Raises UserError if a value is not finite; resume.pt is then the last good state."""
+        values = {f"{stage}/{key}": float(value) for key, value in values.items()}
+        for key, value in values.items():
+            if not math.isfinite(value):
+                raise UserError(f"{key} is not finite at step {step}; {self.dir}/resume.pt keeps the last good state")
+            self.board.add_scalar(key, value, step)
+        self.metrics.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
+        self.metrics.flush()
+        if self.wandb:
+            self.wandb.log({**values, f"{stage}/step": step})
+
+
+def stored_args(folder, algorithm):
+    """The arguments of the run in `folder`. Raises UserError if there is none or if it is another algorithm's."""
+    path = Path(folder) / "args.json"
+    if not path.exists():
+        raise UserError(f"nothing to resume: {path} does not exist")
+    stored = json.loads(path.read_text())
+    if stored.pop("algorithm") != algorithm:
+        raise UserError(f"{folder} is not a run of {algorithm}; resume it with the script that started it")
+    return Args(**{**stored, "resume": str(folder)})
+
+
+def run_cli(main, algorithm):
+    """Runs main(args) on the command line; a UserError becomes one sentence on stderr and exit code 2. With --resume
+    the stored arguments are the defaults, and the command line still wins."""
+    try:
+        args = tyro.cli(Args)
+        main(tyro.cli(Args, default=stored_args(args.resume, algorithm)) if args.resume else args)
+    except UserError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def pick_device(cuda):
+    if cuda and not torch.cuda.is_available():
+        raise UserError("--cuda was asked for but torch sees no CUDA device; leave it out to run on the CPU")
+    return torch.device("cuda" if cuda else "cpu")
+
+
+# end shared
+
+
 def main(args: Args):
     torch.set_num_threads(args.num_threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
     name, _ = parse_task(args.env_id)
-    path = Path(args.behaviour) if args.behaviour else HERE / "checkpoints" / "behaviour" / f"{name}.pt"
+    path = Path(args.behaviour or Path(__file__).resolve().parent / "checkpoints/behaviour" / f"{name}.pt")
     train(args, path) if args.train else collect(args, path)
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, "collect")

@@ -1,16 +1,17 @@
-"""CQL: conservative Q-learning on an offline dataset (Kumar et al. 2020, arXiv 2006.04779).
+"""CQL: conservative Q-learning on an offline dataset (Kumar et al., NeurIPS 2020, arXiv 2006.04779).
 
-SAC on a fixed dataset whose critics are also pushed down on the actions the policy would take and up on the actions
-the data hold. Its policy is the default starting point of `o2o_sac.py`; its critics are pessimistic on purpose and are
+SAC on a fixed dataset whose critics are also pushed down on the actions that the policy would take and up on those
+that the data hold. Its policy is the default start of `o2o_sac.py`; its critics are pessimistic on purpose, so they are
 not saved with it.
 
-    python offline/cql.py --env-id hopper-medium-v2                 paper scale: 1,000,000 updates
-    python offline/cql.py --env-id hopper-medium-v2 --updates 100000 --matmul-precision medium
+    python offline/cql.py --env-id hopper-medium-v2                                    paper scale: 1,000,000 updates
+    python offline/cql.py --env-id hopper-medium-v2 --updates 100000 --matmul-precision medium          an hour on a CPU
 
-Writes a run folder and `offline/checkpoints/<env_id>/cql.pt` (policy, observation statistics, score).
+Writes a run folder, and `offline/checkpoints/<env_id>/cql.pt`: policy, observation statistics, score.
 
-Variant: H with importance weights (`cql_H` of the paper); `--lagrange` and `--max-backup` are the paper's AntMaze
-variants. Differs from the paper's code: no entropy in the backup and a small policy learning rate, as in CORL.
+The variant is CQL(H) with importance weights. --lagrange and --max-backup are the paper's AntMaze variants; there use
+--cql-alpha 5 --lagrange --max-backup --clip-gap -200 --hidden-layers 5 --policy-lr 1e-4. As in the common PyTorch
+versions, and other than in the paper: no entropy in the backup, and a small learning rate for the policy.
 """
 
 import difflib
@@ -22,10 +23,12 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Literal, NamedTuple
 
 import gymnasium as gym
 import h5py
@@ -37,75 +40,48 @@ import torch.nn.functional as F
 import tyro
 from minari.storage.datasets_root_dir import get_dataset_path
 from torch import nn
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
 @dataclass
 class Args:
-    env_id: str = "hopper-medium-v2"
-    """task: {hopper,walker2d,halfcheetah}-{random,medium,medium-replay,medium-expert,expert}-v2"""
-    seed: int = 1
-    """the only seed: networks, batches and evaluation derive from it"""
-    exp_name: str = "cql"
-    """name of the run, part of the folder's name"""
-    cuda: bool = False
-    """train on a GPU"""
-    track: bool = False
-    """also log to Weights & Biases"""
-    wandb_project_name: str = "o2o"
-    """project there"""
-    wandb_entity: str | None = None
-    """team there"""
-    dataset: str | None = None
-    """a Minari id or a D4RL .hdf5 file; None: the local Minari dataset o2o/<env_id>, made if it does not exist"""
-    output: str | None = None
-    """checkpoint to write; None: offline/checkpoints/<env_id>/cql.pt"""
-    overwrite: bool = False
-    """replace that checkpoint if it exists"""
-    run_dir: str | None = None
-    """folder of this run; None: runs/<env_id>__<exp_name>__<seed>__<time>"""
-    resume: str | None = None
-    """folder of a run that was cut off, to be continued"""
-    updates: int = 1_000_000
-    """gradient steps"""
-    eval_every: int = 5_000
-    """gradient steps between evaluations (and resume points); a multiple of 100"""
-    eval_episodes: int = 10
-    """episodes of one evaluation, all at once"""
-    batch_size: int = 256
-    """transitions of one gradient step"""
-    gamma: float = 0.99
-    """discount"""
-    tau: float = 0.005
-    """Polyak rate of the target critics"""
-    policy_lr: float = 3e-5
-    """learning rate of the actor (1e-4 on AntMaze)"""
-    critic_lr: float = 3e-4
-    """learning rate of the critics, the temperature and the Lagrange multiplier"""
-    hidden_layers: int = 3
-    """hidden layers, of width 256, in actor and critics (5 on AntMaze)"""
-    cql_alpha: float = 10.0
-    """weight of the conservative term (5 on AntMaze)"""
-    cql_temperature: float = 1.0
-    """temperature T of its logsumexp, in units of Q"""
-    cql_actions: int = 10
-    """actions sampled from each of: uniform, pi(.|s), pi(.|s')"""
-    lagrange: bool = False
-    """tune the weight of the conservative term so that its gap stays at --target-gap (AntMaze)"""
-    target_gap: float = 0.8
-    """gap that --lagrange aims at, in units of Q"""
-    max_backup: bool = False
-    """back up the best of cql_actions next actions instead of one (AntMaze)"""
-    clip_gap: float | None = None
-    """lower clip of the gap of each state, in units of Q (-200 on AntMaze); None: no clip"""
-    compile: bool = True
-    """compile the update with torch.compile"""
-    matmul_precision: str = "highest"
-    """of float32 matrix products: highest (fp32), high, medium (bf16 inputs, fp32 sums, and bf16 activations in the
-    conservative term, whose 31 actions a state are bound by memory)"""
-    num_threads: int = 1
-    """CPU threads: small networks get slower, not faster, once threads exceed the free cores"""
+    env_id: str = "hopper-medium-v2"  # {hopper,walker2d,halfcheetah}-{random,medium,medium-replay,medium-expert,expert}-v2
+    seed: int = 1  # the only seed: networks, batches and evaluation derive from it
+    exp_name: str = "cql"  # part of the run folder's name
+    cuda: bool = False  # train on a GPU
+    track: bool = False  # also log to Weights & Biases
+    wandb_project_name: str = "o2o"  # project there
+    wandb_entity: str | None = None  # team there
+    dataset: str | None = None  # a Minari id or a D4RL .hdf5 file; None: local Minari dataset o2o/<env_id>, made if missing
+    output: str | None = None  # checkpoint to write; None: offline/checkpoints/<env_id>/cql.pt
+    overwrite: bool = False  # replace that checkpoint if it exists
+    run_dir: str | None = None  # folder of this run; None: runs/<env_id>__<exp_name>__<seed>__<time>
+    resume: str | None = None  # folder of a run that was cut off, to be continued
+
+    updates: int = 1_000_000  # gradient steps
+    eval_every: int = 5_000  # gradient steps between evaluations, which are also the points to resume from
+    eval_episodes: int = 10  # episodes of one evaluation, all at once
+    batch_size: int = 256  # transitions of one gradient step
+    gamma: float = 0.99  # discount
+    tau: float = 0.005  # Polyak rate of the target critics
+    policy_lr: float = 3e-5  # actor
+    critic_lr: float = 3e-4  # critics, temperature, and the multiplier of --lagrange
+    hidden_layers: int = 3  # of width 256, in actor and critics
+    cql_alpha: float = 10.0  # weight of the conservative term
+    cql_temperature: float = 1.0  # T of its logsumexp, in units of Q
+    cql_actions: int = 10  # actions drawn from each of uniform, pi(.|s), pi(.|s')
+    lagrange: bool = False  # tune that weight so that the gap stays at --target-gap
+    target_gap: float = 0.8  # in units of Q
+    max_backup: bool = False  # back up the best of cql_actions next actions instead of one
+    clip_gap: float | None = None  # lower clip of the gap of a state, in units of Q; None: no clip
+
+    compile: bool = True  # compile the update into one graph
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # fp32, or bf16 inputs with fp32 sums (medium), then
+    # with bf16 activations in the conservative term too, whose 31 actions a state are bound by memory
+    num_threads: int = 1  # CPU threads: such small networks get slower, not faster, once threads exceed the free cores
 
 
 # shared: tasks
@@ -119,8 +95,7 @@ ENVS = {
     "walker2d": ("Walker2d-v5", 1.629008, 4592.3),
     "halfcheetah": ("HalfCheetah-v5", -280.178953, 12135.0),
 }
-QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "expert")
-TASKS = [f"{name}-{quality}-v2" for name in ENVS for quality in QUALITIES]
+TASKS = [f"{env}-{q}-v2" for env in ENVS for q in ("random", "medium", "medium-replay", "medium-expert", "expert")]
 
 
 def parse_task(env_id):
@@ -141,135 +116,13 @@ def normalized_score(env_id, returns):
 # end shared
 
 
-# shared: cli
-def run_cli(main, algorithm):
-    """Runs main(args) on the command line; a UserError becomes one sentence on stderr and exit code 2. With --resume
-    the stored arguments are the defaults, and the command line still wins."""
-    try:
-        args = tyro.cli(Args)
-        main(tyro.cli(Args, default=stored_args(args.resume, algorithm, Args)) if args.resume else args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-# end shared
-
-
-# shared: pick_device
-def pick_device(cuda):
-    if cuda and not torch.cuda.is_available():
-        raise UserError("--cuda was asked for but torch sees no CUDA device; leave it out to run on the CPU")
-    return torch.device("cuda" if cuda else "cpu")
-
-
-# end shared
-
-
-# shared: save_file
-def save_file(payload, path):
-    """torch.save that never leaves half a file: written beside `path`, then renamed. Raises UserError if it fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        torch.save(payload, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error}); the previous file, if any, is unchanged") from error
-
-
-# end shared
-
-
-# shared: load_file
-def load_file(path, device):
-    """torch.load of tensors, numbers and strings only. Raises UserError if the file is missing or broken."""
-    if not Path(path).exists():
-        raise UserError(f"{path} does not exist")
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is no checkpoint of ours or is incomplete ({str(error).splitlines()[0]})") from error
-
-
-# end shared
-
-
-# shared: run_folder
-class Run:
-    """The run folder: args.json, metrics.jsonl, TensorBoard events and resume.pt. With args.resume it continues the
-    folder of a run that was cut off: `saved` is then the content of resume.pt, and the metrics that were written after
-    it are cut away, because they will be computed again."""
-
-    def __init__(self, args, algorithm):
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        default = f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{stamp}"
-        self.dir, self.saved, self.algorithm = Path(args.resume or args.run_dir or default), None, algorithm
-        if args.resume:
-            self.saved = load_file(self.dir / "resume.pt", "cpu") if (self.dir / "resume.pt").exists() else None
-        elif (self.dir / "args.json").exists():
-            raise UserError(f"{self.dir} holds a run already; continue it with --resume or name another --run-dir")
-        self.dir.mkdir(parents=True, exist_ok=True)
-        (self.dir / "args.json").write_text(json.dumps({"algorithm": algorithm, **asdict(args)}, indent=1))
-        self.metrics = open(self.dir / "metrics.jsonl", "a")
-        self.metrics.truncate(self.saved["metrics_bytes"] if self.saved else 0)
-        self.started = time.time() - (self.saved["seconds"] if self.saved else 0)
-        self.board = SummaryWriter(self.dir / "tensorboard")
-        self.wandb = None
-        if args.track:
-            import wandb
-
-            self.wandb = wandb.init(
-                project=args.wandb_project_name, entity=args.wandb_entity, name=self.dir.name, config=asdict(args)
-            )
-
-    def log(self, stage, step, values):
-        """One row of metrics.jsonl. Raises UserError if a value is not finite; resume.pt is then the last good state."""
-        values = {f"{stage}/{key}": float(value) for key, value in values.items()}
-        bad = [key for key, value in values.items() if not math.isfinite(value)]
-        if bad:
-            raise UserError(f"{bad[0]} is not finite at {stage} step {step}; {self.dir}/resume.pt is the last good state")
-        self.metrics.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
-        self.metrics.flush()
-        for key, value in values.items():
-            self.board.add_scalar(key, value, step)
-        if self.wandb:
-            self.wandb.log({**values, f"{stage}/step": step})
-
-    def save(self, state):
-        """Writes resume.pt: `state` and how long metrics.jsonl is."""
-        self.metrics.flush()
-        seconds = time.time() - self.started
-        save_file({**state, "metrics_bytes": self.metrics.tell(), "seconds": seconds}, self.dir / "resume.pt")
-
-
-def stored_args(folder, algorithm, args_class):
-    """The arguments of the run in `folder`. Raises UserError if there is none or if it is another algorithm's."""
-    path = Path(folder) / "args.json"
-    if not path.exists():
-        raise UserError(f"nothing to resume: {path} does not exist")
-    stored = json.loads(path.read_text())
-    if stored.pop("algorithm") != algorithm:
-        raise UserError(f"{folder} is not a run of {algorithm}; resume it with the script that started it")
-    return args_class(**{**stored, "resume": str(folder)})
-
-
-def versions():
-    """Of the packages that decide what a run computes."""
-    return {m.__name__: str(m.__version__) for m in (torch, np, gym, mujoco, minari)}
-
-
-# end shared
-
-
 # shared: dataset
 class Dataset(NamedTuple):
-    """An offline dataset in memory. N transitions of whole episodes; time limits are not terminations."""
+    """An offline dataset in memory: N transitions of whole episodes. Time limits are not terminations."""
 
     name: str
     rows: torch.Tensor  # (N, 2 O + A + 2) float32: observation, action, reward, next observation, terminated
-    episode: np.ndarray  # (N,) index of the episode of each row
+    episode: torch.Tensor  # (N,) index of the episode of each row
     returns: np.ndarray  # (E,) undiscounted return of each episode
     obs_dim: int
     act_dim: int
@@ -287,39 +140,32 @@ def read_minari(dataset_id, download):
     try:
         data = minari.load_dataset(dataset_id, download=download)
         episodes = [(e.observations, e.actions, e.rewards, e.terminations) for e in data.iterate_episodes()]
-    except Exception as error:  # whatever the store or the network raises: the user has to look at the dataset
+    except Exception as error:  # whatever the store or the network raises, the user has to look at the dataset
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"cannot read the Minari dataset '{dataset_id}' ({reason}); see `minari list local`") from error
-    if not episodes or isinstance(episodes[0][0], dict):
-        raise UserError(f"the Minari dataset '{dataset_id}' has no episodes with plain vectors as observations")
     return episodes, data.recover_environment
 
 
 def read_d4rl(path, gym_id):
-    """The same from a file in D4RL's layout. Its next state at a time limit is the start of the next episode, so that
-    transition is dropped. D4RL collected on the environments that gymnasium calls v4."""
-    keys = ("observations", "actions", "rewards", "terminals")
+    """The same from a file in D4RL's layout, which has no next state where an episode ends by time limit: that last
+    step is dropped. D4RL collected on the environments that gymnasium calls v4."""
     try:
         with h5py.File(path) as file:
-            missing = [key for key in keys if key not in file]
-            if missing:
-                raise UserError(f"{path} is not a D4RL dataset: it has no '{missing[0]}'")
-            obs, actions, rewards, terminals = (file[key][()] for key in keys)
-            timeouts = file["timeouts"][()] if "timeouts" in file else np.zeros(len(rewards), dtype=bool)
+            obs, actions, rewards, ends = (file[key][()] for key in ("observations", "actions", "rewards", "terminals"))
+            limits = file["timeouts"][()] if "timeouts" in file else np.zeros(len(ends))
     except (OSError, KeyError) as error:
-        raise UserError(f"cannot read {path} ({error}); is it complete and an HDF5 file?") from error
-    if not len(obs) == len(actions) == len(rewards) == len(terminals) == len(timeouts):
-        raise UserError(f"{path}: observations, actions, rewards and terminals differ in length")
-    ends = np.flatnonzero(terminals.astype(bool) | timeouts.astype(bool))
-    episodes, start = [], 0
-    for end in [*ends, len(rewards) - 1]:
-        # without a terminal the last row has no next state: it is dropped, its observation is the final one
-        stop = end + 1 if terminals[end] else end
+        raise UserError(f"{path} is not a complete HDF5 file in D4RL's layout ({error})") from error
+    if not len(obs) == len(actions) == len(rewards) == len(ends) == len(limits):
+        raise UserError(f"{path}: observations, actions, rewards, terminals and timeouts differ in length")
+    ends, episodes, start = ends.astype(bool), [], 0
+    for last in np.flatnonzero(ends | limits.astype(bool) | (np.arange(len(ends)) == len(ends) - 1)):
+        if ends[last]:  # the state after a terminal is never used, so any will do
+            observations, stop = np.concatenate([obs[start : last + 1], obs[last : last + 1]]), last + 1
+        else:
+            observations, stop = obs[start : last + 1], last
         if stop > start:
-            final = obs[end : end + 1]  # a terminal's next state is never used: its bootstrap is cut
-            observations = np.concatenate([obs[start : end + 1], final]) if terminals[end] else obs[start : end + 1]
-            episodes.append((observations, actions[start:stop], rewards[start:stop], terminals[start:stop]))
-        start = end + 1
+            episodes.append((observations, actions[start:stop], rewards[start:stop], ends[start:stop]))
+        start = last + 1
     return episodes, lambda **kwargs: gym.make(gym_id.replace("-v5", "-v4"), **kwargs)
 
 
@@ -327,43 +173,38 @@ def load_dataset(env_id, dataset=None):
     """`dataset`: a Minari id or a path to a D4RL .hdf5 file; None: the local Minari dataset o2o/<env_id>, which
     offline/collect.py makes if it does not exist. Only an explicit Minari id may touch the network.
     Raises UserError if there is no such dataset or if it does not fit the task."""
-    gym_id = ENVS[parse_task(env_id)[0]][0]
-    if dataset and dataset.endswith((".hdf5", ".h5")):
-        name, (episodes, make_env) = dataset, read_d4rl(dataset, gym_id)
+    gym_id, low, high = ENVS[parse_task(env_id)[0]]
+    name = dataset or f"o2o/{env_id}"
+    if name.endswith((".hdf5", ".h5")):
+        episodes, make_env = read_d4rl(name, gym_id)
     else:
-        name = dataset or f"o2o/{env_id}"
         if not dataset and not get_dataset_path(name).exists():
             here = Path(__file__).resolve().parent
             collect = next((p for p in (here / "offline/collect.py", here / "collect.py") if p.exists()), None)
             if collect is None:
                 raise UserError(f"no dataset {name} here; make it with offline/collect.py or name one with --dataset")
-            print(f"{name} does not exist yet: making it with {collect.name}", flush=True)
+            print(f"{name} does not exist yet, making it with {collect.name}", flush=True)
             if subprocess.run([sys.executable, collect, "--env-id", env_id]).returncode:
-                raise UserError(f"{collect} could not make {name}; the reason stands above")
+                raise UserError(f"{collect} could not make {name}, for the reason above")
         episodes, make_env = read_minari(name, download=dataset is not None)
+    if not episodes:
+        raise UserError(f"{name} is empty")
     env = make_env()
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     for observations, actions, rewards, _ in episodes:
-        if observations.shape[1:] != (obs_dim,) or actions.shape[1:] != (act_dim,):
-            raise UserError(
-                f"{name} has observations {observations.shape[1:]} and actions {actions.shape[1:]}, "
-                f"{env.spec.id} has ({obs_dim},) and ({act_dim},): is it the dataset of this task?"
-            )
+        shapes = np.shape(observations)[1:], np.shape(actions)[1:]
+        if shapes != ((obs_dim,), (act_dim,)):
+            raise UserError(f"{name} has observations and actions of shapes {shapes}, {env.spec.id} ({obs_dim},), ({act_dim},)")
         if not all(np.isfinite(x).all() for x in (observations, actions, rewards)):
             raise UserError(f"{name} holds NaN or infinite numbers; remove those episodes first")
-    if not episodes:
-        raise UserError(f"{name} is empty")
-    blocks = [
-        np.concatenate([o[:-1], a, r[:, None], o[1:], d[:, None]], axis=1, dtype=np.float32) for o, a, r, d in episodes
-    ]
+    blocks = [np.concatenate([o[:-1], a, r[:, None], o[1:], d[:, None]], axis=1) for o, a, r, d in episodes]
+    rows = torch.from_numpy(np.concatenate(blocks, dtype=np.float32))
+    episode = torch.arange(len(blocks)).repeat_interleave(torch.tensor([len(block) for block in blocks]))
     returns = np.array([rewards.sum() for _, _, rewards, _ in episodes])
-    episode = np.repeat(np.arange(len(blocks)), [len(block) for block in blocks])
-    rows = torch.from_numpy(np.concatenate(blocks))
-    _, low, high = ENVS[parse_task(env_id)[0]]
     print(
         f"dataset {name}: {len(rows)} transitions, {len(blocks)} episodes, mean return {returns.mean():.0f} "
         f"(score {normalized_score(env_id, returns.mean()):.1f}), environment {env.spec.id}, "
-        f"0 points at {low:.0f}, 100 at {high:.0f}",
+        f"0 points at a return of {low:.0f}, 100 at {high:.0f}",
         flush=True,
     )
     return Dataset(name, rows, episode, returns, obs_dim, act_dim, make_env)
@@ -372,30 +213,51 @@ def load_dataset(env_id, dataset=None):
 # end shared
 
 
-# shared: evaluate
-@torch.no_grad()
-def evaluate(policy, envs, seed, device):
-    """One episode in each of `envs`, all at once. `policy(obs (n, O), noise (n, A)) -> actions (n, A)`. Start states and
-    noise come from `seed` alone: no random number of training is drawn. -> returns (len(envs),) as a NumPy array."""
-    generator = torch.Generator().manual_seed(seed)
-    obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
-    returns, alive = np.zeros(len(envs)), np.arange(len(envs))
-    while len(alive):
-        noise = torch.randn(len(envs), envs[0].action_space.shape[0], generator=generator)[alive].to(device)
-        actions = policy(torch.as_tensor(obs[alive], dtype=torch.float32, device=device), noise).cpu().numpy()
-        running = np.ones(len(alive), dtype=bool)
-        for k, i in enumerate(alive):
-            obs[i], reward, terminated, truncated, _ = envs[i].step(actions[k])
-            returns[i] += reward
-            running[k] = not (terminated or truncated)
-        alive = alive[running]
-    return returns
+# shared: squashed_gaussian
+class SquashedGaussianActor(nn.Module):
+    """a = tanh(u), u ~ N(mean(s), std(s)^2): SAC's policy. `noise` is standard normal and given from outside, so that
+    a compiled and an eager update see the same numbers."""
+
+    def __init__(self, obs_mean, obs_std, act_dim, hidden):
+        super().__init__()
+        self.register_buffer("obs_mean", obs_mean.clone())
+        self.register_buffer("obs_std", obs_std.clone())
+        sizes = [len(obs_mean), *hidden]
+        layers = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.ReLU())]
+        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], 2 * act_dim))
+        nn.init.xavier_uniform_(self.net[-1].weight, gain=0.01)
+        nn.init.zeros_(self.net[-1].bias)
+
+    def forward(self, obs):
+        """(B, O) raw observations -> mean (B, A) and log_std (B, A) of u."""
+        mean, log_std = self.net((obs - self.obs_mean) / self.obs_std).chunk(2, dim=-1)
+        return mean, (log_std - 1).clamp(-20, 2)
+
+    def sample(self, obs, noise):
+        """-> action (B, A) in [-1, 1], its log_prob (B,) in nats, and u (B, A)."""
+        mean, log_std = self(obs)
+        u = mean + log_std.exp() * noise
+        return torch.tanh(u), squashed_log_prob(mean, log_std, u), u
+
+    def mode(self, obs):
+        """-> tanh of the mean (B, A), the action that evaluation executes."""
+        return torch.tanh(self(obs)[0])
+
+
+def squashed_log_prob(mean, log_std, u):
+    """log density of a = tanh(u) in nats, (..., A) three times -> (...):
+
+        log N(u; mean, std^2) - sum log(1 - tanh(u)^2),   log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2 u))
+
+    Takes u and not a: atanh(a) is not finite where tanh rounds to 1."""
+    normal = -0.5 * ((u - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
+    return (normal - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)
 
 
 # end shared
 
 
-# shared: mlp
+# shared: critics
 class StackedLinear(nn.Module):
     """n linear layers in one batched matmul: (n, B, inputs) -> (n, B, outputs), orthogonal weights of gain 1."""
 
@@ -421,20 +283,16 @@ class StackedLayerNorm(nn.Module):
 
 
 class Critics(nn.Module):
-    """n Q-functions side by side: observations (B, O) and actions (B, A) -> Q of shape (n, B)."""
+    """n Q-functions side by side: raw observations (B, O) and actions (B, A) -> Q of shape (n, B)."""
 
     def __init__(self, obs_mean, obs_std, act_dim, hidden, n=2, layer_norm=False):
         super().__init__()
         self.register_buffer("obs_mean", obs_mean.clone())
         self.register_buffer("obs_std", obs_std.clone())
-        sizes = [len(obs_mean) + act_dim, *hidden]
-        layers = []
-        for inputs, outputs in zip(sizes[:-1], sizes[1:]):
-            layers += [StackedLinear(n, inputs, outputs)]
-            layers += [StackedLayerNorm(n, outputs)] if layer_norm else []
-            layers += [nn.ReLU()]
+        sizes, layers, self.n = [len(obs_mean) + act_dim, *hidden], [], n
+        for inputs, outputs in pairwise(sizes):
+            layers += [StackedLinear(n, inputs, outputs), *([StackedLayerNorm(n, outputs)] if layer_norm else []), nn.ReLU()]
         self.net = nn.Sequential(*layers, StackedLinear(n, sizes[-1], 1))
-        self.n = n
 
     def forward(self, obs, action):
         x = torch.cat([(obs - self.obs_mean) / self.obs_std, action], dim=-1)
@@ -444,7 +302,7 @@ class Critics(nn.Module):
 # end shared
 
 
-# shared: scalar
+# shared: update_tools
 class Scalar(nn.Module):
     """One learned number, with the state_dict that a network has."""
 
@@ -453,86 +311,34 @@ class Scalar(nn.Module):
         self.weight = nn.Parameter(torch.tensor(float(value)))
 
 
-# end shared
-
-
-# shared: squashed_gaussian
-class SquashedGaussianActor(nn.Module):
-    """a = tanh(u), u ~ N(mean(s), std(s)^2): SAC's policy. `noise` is standard normal and given from outside, so that
-    a compiled and an eager update see the same numbers."""
-
-    def __init__(self, obs_mean, obs_std, act_dim, hidden):
-        super().__init__()
-        self.register_buffer("obs_mean", obs_mean.clone())
-        self.register_buffer("obs_std", obs_std.clone())
-        sizes = [len(obs_mean), *hidden]
-        layers = [m for i, o in zip(sizes[:-1], sizes[1:]) for m in (nn.Linear(i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], 2 * act_dim))
-        nn.init.xavier_uniform_(self.net[-1].weight, gain=0.01)
-        nn.init.zeros_(self.net[-1].bias)
-
-    def forward(self, obs):
-        """(B, O) raw observations -> mean (B, A) and log_std (B, A) of u."""
-        mean, log_std = self.net((obs - self.obs_mean) / self.obs_std).chunk(2, dim=-1)
-        return mean, (log_std - 1).clamp(-20, 2)
-
-    def sample(self, obs, noise):
-        """-> action (B, A) in [-1, 1], its log_prob (B,) in nats, and u (B, A)."""
-        mean, log_std = self(obs)
-        u = mean + log_std.exp() * noise
-        return torch.tanh(u), squashed_log_prob(mean, log_std, u), u
-
-    def mode(self, obs):
-        """-> tanh of the mean (B, A), the action that evaluation executes."""
-        return torch.tanh(self(obs)[0])
-
-
-def squashed_log_prob(mean, log_std, u):
-    """log density of a = tanh(u) in nats, (B, A) three times -> (B,):
-
-        log N(u; mean, std^2) - sum log(1 - tanh(u)^2),   log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2 u))
-
-    Takes u and not a: atanh(a) is not finite where tanh rounds to 1."""
-    normal = -0.5 * ((u - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
-    return (normal - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)
-
-
-# end shared
-
-
-# shared: update_tools
 class Adam:
-    """torch.optim.Adam (Kingma & Ba 2015, betas 0.9 and 0.999) as plain tensor operations: torch.optim's own step
-    breaks the compiled update into pieces, which costs a quarter of its speed. `lr` is a tensor, free to change."""
+    """torch.optim.Adam (betas 0.9 and 0.999) as plain tensor operations: torch.optim's own step breaks the compiled
+    update into pieces, which costs a quarter of its speed."""
 
     def __init__(self, params, lr, eps=1e-8):
-        self.params, self.eps = list(params), eps
-        device = self.params[0].device
-        self.lr, self.steps = torch.tensor(float(lr), device=device), torch.zeros((), device=device)
+        self.params, self.lr, self.eps = list(params), lr, eps
+        self.steps = torch.zeros((), device=self.params[0].device)
         self.mean = [torch.zeros_like(p) for p in self.params]
         self.square = [torch.zeros_like(p) for p in self.params]
 
-    @torch.no_grad()
     def minimize(self, loss):
         """One step on a scalar loss. Only this optimiser's parameters get gradients, so the critics' weights stay out
         of the actor's graph. autograd.grad and not loss.backward(): the latter does nothing inside torch.compile."""
         grads = torch.autograd.grad(loss, self.params)
-        self.steps += 1
-        torch._foreach_lerp_(self.mean, grads, 0.1)
-        torch._foreach_mul_(self.square, 0.999)
-        torch._foreach_addcmul_(self.square, grads, grads, 0.001)
-        root = torch._foreach_div(torch._foreach_sqrt(self.square), (1 - 0.999**self.steps).sqrt())
-        step = torch._foreach_div(self.mean, torch._foreach_add(root, self.eps))
-        torch._foreach_sub_(self.params, torch._foreach_mul(step, self.lr / (1 - 0.9**self.steps)))
+        with torch.no_grad():
+            self.steps += 1
+            torch._foreach_lerp_(self.mean, grads, 0.1)
+            torch._foreach_mul_(self.square, 0.999)
+            torch._foreach_addcmul_(self.square, grads, grads, 0.001)
+            root = torch._foreach_div(torch._foreach_sqrt(self.square), (1 - 0.999**self.steps).sqrt())
+            step = torch._foreach_div(self.mean, torch._foreach_add(root, self.eps))
+            torch._foreach_sub_(self.params, torch._foreach_mul(step, self.lr / (1 - 0.9**self.steps)))
 
     def state_dict(self):
-        return {"lr": self.lr, "steps": self.steps, "mean": self.mean, "square": self.square}
+        return {"steps": self.steps, "mean": self.mean, "square": self.square}
 
     def load_state_dict(self, state):
-        for mine, saved in zip(
-            [self.lr, self.steps, *self.mean, *self.square],
-            [state["lr"], state["steps"], *state["mean"], *state["square"]],
-        ):
+        for mine, saved in zip([self.steps, *self.mean, *self.square], [state["steps"], *state["mean"], *state["square"]]):
             mine.copy_(saved)
 
 
@@ -544,11 +350,16 @@ def polyak(target, source, tau):
 
 def compile_update(update, enabled):
     """The whole update as one graph (CUDA graphs on a GPU); with `enabled` False the same function as it stands."""
+    if enabled and not torch.cuda.is_available():
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            print("no C++ compiler found: updates run uncompiled, about a third slower", file=sys.stderr)
+            enabled = False
     if not enabled:
         return update
     torch._dynamo.config.trace_autograd_ops = True  # lets torch.autograd.grad stay inside the graph
-    mode = "reduce-overhead" if torch.cuda.is_available() else "default"
-    return torch.compile(update, mode=mode, fullgraph=True)
+    return torch.compile(update, mode="reduce-overhead" if torch.cuda.is_available() else "default", fullgraph=True)
 
 
 # end shared
@@ -586,11 +397,8 @@ def td_target(reward, terminated, next_q, gamma):
     return reward + gamma * (1 - terminated) * next_q.amin(0).amax(-1)
 
 
-METRICS = ("critic_loss", "gap", "cql_weight", "q_mean", "actor_loss", "entropy", "temperature")
-
-
 def make_update(args, nets, obs_dim, act_dim):
-    """-> the optimisers, and update(rows (B, 2 O + A + 2), noise (3 K + 2, B, A)), which changes `nets` in place."""
+    """-> the optimisers, and update(rows (B, 2 O + A + 2), noise (3 K + 1, B, A)), which changes `nets` in place."""
     actor, critics, targets = nets["actor"], nets["critics"], nets["targets"]
     optimizers = {
         "actor": Adam(actor.parameters(), args.policy_lr),
@@ -638,10 +446,154 @@ def make_update(args, nets, obs_dim, act_dim):
         entropy = -new_log_prob.detach().mean()
         optimizers["log_alpha"].minimize(log_alpha * (entropy + act_dim))  # target entropy: -A nats
         polyak(targets, critics, args.tau)
-        values = (critic_loss, gap.mean(), weight * args.cql_alpha, q.mean(), actor_loss, entropy, alpha)
-        return torch.stack([value.detach() for value in values])
+        values = {"critic_loss": critic_loss, "gap": gap.mean(), "cql_weight": weight * args.cql_alpha, "q_mean": q.mean()}
+        values |= {"actor_loss": actor_loss, "entropy": entropy, "alpha": alpha}
+        return {key: value.detach() for key, value in values.items()}
 
     return optimizers, update
+
+
+# shared: evaluate
+@torch.no_grad()
+def evaluate(policy, envs, seed, device, gamma):
+    """One episode in each of `envs`, all at once. `policy(obs (n, O), noise (n, A)) -> actions (n, A)`. Start states and
+    noise come from `seed` alone: no random number of training is drawn. -> mean return, mean discounted return, and
+    the environment steps of all episodes together."""
+    generator = torch.Generator().manual_seed(seed)
+    obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
+    returns, discounted, alive, steps, discount = np.zeros(len(envs)), np.zeros(len(envs)), np.arange(len(envs)), 0, 1.0
+    while len(alive):
+        noise = torch.randn(len(envs), envs[0].action_space.shape[0], generator=generator)[alive].to(device)
+        actions = policy(torch.as_tensor(obs[alive], dtype=torch.float32, device=device), noise).cpu().numpy()
+        running = np.ones(len(alive), dtype=bool)
+        for k, i in enumerate(alive):
+            obs[i], reward, terminated, truncated, _ = envs[i].step(actions[k])
+            returns[i] += reward
+            discounted[i] += discount * reward
+            running[k] = not (terminated or truncated)
+        steps, alive, discount = steps + len(alive), alive[running], discount * gamma
+    return returns.mean(), discounted.mean(), steps
+
+
+# end shared
+
+
+# shared: files
+def save_file(payload, path):
+    """torch.save that never leaves half a file: written beside `path`, then renamed. Raises UserError if it fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        torch.save(payload, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({error}); the previous file, if any, is unchanged") from error
+
+
+def load_file(path, device):
+    """torch.load of tensors, numbers and strings only. Raises UserError if the file is missing or broken."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is incomplete or no checkpoint of ours ({str(error).splitlines()[0]})") from error
+
+
+def versions():
+    """Of the packages that decide what a run computes."""
+    return {m.__name__: str(m.__version__) for m in (torch, np, gym, mujoco, minari)}
+
+
+# end shared
+
+
+# shared: run_folder
+class Run:
+    """The run folder and everything that makes a run resumable. `progress` holds plain numbers, strings and lists."""
+
+    def __init__(self, args, algorithm, progress):
+        default = f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.dir, saved = Path(args.resume or args.run_dir or default), None
+        if args.resume and (self.dir / "resume.pt").exists():
+            saved = load_file(self.dir / "resume.pt", "cpu")
+        elif not args.resume and (self.dir / "args.json").exists():
+            raise UserError(f"{self.dir} holds a run already; continue it with --resume or name another --run-dir")
+        self.dir.mkdir(parents=True, exist_ok=True)
+        (self.dir / "args.json").write_text(json.dumps({"algorithm": algorithm, **asdict(args)}, indent=1))
+        self.metrics = open(self.dir / "metrics.jsonl", "a")
+        self.metrics.truncate(saved["metrics_bytes"] if saved else 0)  # rows after resume.pt will be written again
+        self.progress, self.saved = saved["progress"] if saved else progress, saved
+        self.started = time.time() - (saved["seconds"] if saved else 0)
+        self.nets, self.optimizers, self.generator = {}, {}, None
+        self.board, self.wandb = SummaryWriter(self.dir / "tensorboard"), None
+        if args.track:
+            import wandb
+
+            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": self.dir.name}
+            self.wandb = wandb.init(**names, config=asdict(args))
+
+    def restore(self, nets, optimizers, generator):
+        """Names what resume.pt holds, and loads it when this run continues one."""
+        self.nets, self.optimizers, self.generator = nets, optimizers, generator
+        if self.saved:
+            for kind, parts in (("nets", nets), ("optimizers", optimizers)):
+                for key, part in parts.items():
+                    part.load_state_dict(self.saved[kind][key])
+            generator.set_state(self.saved["generator"])
+
+    def save(self, **extra):
+        """Writes resume.pt. `extra`: what the current stage needs beyond networks, optimisers and progress."""
+        parts = {"nets": self.nets, "optimizers": self.optimizers}
+        state = {kind: {key: part.state_dict() for key, part in parts[kind].items()} for kind in parts}
+        state |= {"generator": self.generator.get_state(), "progress": self.progress, **extra}
+        position = {"metrics_bytes": self.metrics.tell(), "seconds": time.time() - self.started}
+        save_file({**state, **position}, self.dir / "resume.pt")
+
+    def log(self, stage, step, values):
+        """One row of metrics.jsonl. Raises UserError if a value is not finite; resume.pt is then the last good state."""
+        values = {f"{stage}/{key}": float(value) for key, value in values.items()}
+        for key, value in values.items():
+            if not math.isfinite(value):
+                raise UserError(f"{key} is not finite at step {step}; {self.dir}/resume.pt keeps the last good state")
+            self.board.add_scalar(key, value, step)
+        self.metrics.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
+        self.metrics.flush()
+        if self.wandb:
+            self.wandb.log({**values, f"{stage}/step": step})
+
+
+def stored_args(folder, algorithm):
+    """The arguments of the run in `folder`. Raises UserError if there is none or if it is another algorithm's."""
+    path = Path(folder) / "args.json"
+    if not path.exists():
+        raise UserError(f"nothing to resume: {path} does not exist")
+    stored = json.loads(path.read_text())
+    if stored.pop("algorithm") != algorithm:
+        raise UserError(f"{folder} is not a run of {algorithm}; resume it with the script that started it")
+    return Args(**{**stored, "resume": str(folder)})
+
+
+def run_cli(main, algorithm):
+    """Runs main(args) on the command line; a UserError becomes one sentence on stderr and exit code 2. With --resume
+    the stored arguments are the defaults, and the command line still wins."""
+    try:
+        args = tyro.cli(Args)
+        main(tyro.cli(Args, default=stored_args(args.resume, algorithm)) if args.resume else args)
+    except UserError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def pick_device(cuda):
+    if cuda and not torch.cuda.is_available():
+        raise UserError("--cuda was asked for but torch sees no CUDA device; leave it out to run on the CPU")
+    return torch.device("cuda" if cuda else "cpu")
+
+
+# end shared
 
 
 def export(args, actor, data, step, score):
@@ -668,61 +620,42 @@ def main(args: Args):
     if output.exists() and not args.overwrite:
         raise UserError(f"{output} exists; pass --overwrite to replace it or --output to write elsewhere")
     device = pick_device(args.cuda)
-    run = Run(args, "cql")
     data = load_dataset(args.env_id, args.dataset)
-    obs_dim, act_dim = data.obs_dim, data.act_dim
-    rows = data.rows.to(device)
-    obs_mean, obs_std = data.rows[:, :obs_dim].mean(0), data.rows[:, :obs_dim].std(0) + 1e-3
+    run = Run(args, "cql", {"step": 0, "score": None})
+    obs_dim, act_dim, rows = data.obs_dim, data.act_dim, data.rows.to(device)
+    stats = data.rows[:, :obs_dim].mean(0), data.rows[:, :obs_dim].std(0) + 1e-3
     envs = [data.make_env() for _ in range(args.eval_episodes)]
 
     torch.manual_seed(args.seed)
     hidden = [256] * args.hidden_layers
-    nets = {
-        "actor": SquashedGaussianActor(obs_mean, obs_std, act_dim, hidden),
-        "critics": CqlCritics(obs_mean, obs_std, act_dim, hidden),
-        "log_alpha": Scalar(0.0),
-        "log_weight": Scalar(0.0),
-    }
-    nets["targets"] = deepcopy(nets["critics"])
+    nets = {"actor": SquashedGaussianActor(*stats, act_dim, hidden), "critics": CqlCritics(*stats, act_dim, hidden)}
+    nets |= {"targets": deepcopy(nets["critics"]), "log_alpha": Scalar(0.0), "log_weight": Scalar(0.0)}
     nets = {name: net.to(device) for name, net in nets.items()}
     optimizers, update = make_update(args, nets, obs_dim, act_dim)
-    update = compile_update(update, args.compile)
-    generator, first, score = torch.Generator(device).manual_seed(args.seed), 0, 0.0
-    if run.saved:
-        for name in nets:
-            nets[name].load_state_dict(run.saved["nets"][name])
-        for name in optimizers:
-            optimizers[name].load_state_dict(run.saved["optimizers"][name])
-        generator.set_state(run.saved["generator"])
-        first, score = run.saved["step"], run.saved["score"]
+    update, generator = compile_update(update, args.compile), torch.Generator(device).manual_seed(args.seed)
+    run.restore(nets, optimizers, generator)
 
-    clock = time.time()
-    for step in tqdm(range(first + 1, args.updates + 1), initial=first, total=args.updates, desc="cql", disable=None):
+    actor, first, clock, counted = nets["actor"], run.progress["step"], time.time(), 0
+    for step in tqdm(range(first + 1, args.updates + 1), desc="cql", unit="update", disable=None):
         batch = rows[torch.randint(len(rows), (args.batch_size,), generator=generator, device=device)]
         noise = torch.randn(3 * args.cql_actions + 1, args.batch_size, act_dim, generator=generator, device=device)
-        metrics = update(batch, noise)
+        values = update(batch, noise)
+        counted += 1
         if step % args.eval_every and step != args.updates:
             continue
-        rate, actor = min(args.eval_every, step - first) / (time.time() - clock), nets["actor"]
-        returns = evaluate(lambda obs, noise: actor.mode(obs), envs, args.seed + 10_000 + step, device)
-        score = float(normalized_score(args.env_id, returns.mean()))
-        values = dict(zip(METRICS, metrics.tolist()))
-        run.log("offline", step, {**values, "return": returns.mean(), "score": score, "updates_per_second": rate})
-        print(f"update {step}: score {score:.1f}, q {values['q_mean']:.1f}, gap {values['gap']:.2f}, {rate:.1f} updates/s", flush=True)
-        run.save(
-            {
-                "nets": {name: net.state_dict() for name, net in nets.items()},
-                "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
-                "generator": generator.get_state(),
-                "step": step,
-                "score": score,
-            }
-        )
-        save_file(export(args, actor, data, step, score), run.dir / "model.pt")
-        clock = time.time()
-    # the score that goes with the checkpoint is measured on more episodes than those that watch the training
-    save_file(export(args, nets["actor"], data, args.updates, score), output)
-    print(f"{output}: {args.updates} updates, score {score:.1f}")
+        values = {key: float(value) for key, value in values.items()}
+        values["updates_per_second"] = counted / (time.time() - clock)
+        seed = 10_000_000 * args.seed + step * args.eval_episodes
+        mean_return, _, _ = evaluate(lambda obs, _: actor.mode(obs), envs, seed, device, args.gamma)
+        values["score"] = float(normalized_score(args.env_id, mean_return))
+        run.log("offline", step, values)
+        print(f"cql {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()), flush=True)
+        run.progress |= {"step": step, "score": values["score"]}
+        run.save()
+        save_file(export(args, actor, data, step, values["score"]), run.dir / "model.pt")
+        clock, counted = time.time(), 0
+    save_file(export(args, actor, data, args.updates, run.progress["score"]), output)
+    print(f"{output}: {args.updates} updates, score {run.progress['score']:.1f}")
 
 
 if __name__ == "__main__":
