@@ -1,4 +1,4 @@
-"""O2SAC: from an offline policy to online SAC without the collapse (OCR-CFT, Luo et al., NeurIPS 2024, arXiv 2412.18855).
+"""O2SAC: from an offline policy to online SAC without the collapse (OCR-CFT, Luo et al. 2024, arXiv 2412.18855).
 
 Two mismatches make naive fine-tuning collapse. Offline critics are pessimistic, so they are no estimate of what the
 policy is worth online. And a critic, even a correct one, ranks other actions above the policy's own by error alone, so
@@ -11,7 +11,7 @@ the first updates destroy the policy. Three stages remove them; only the offline
   3 finetune    SAC online, under KL(pi || pi_ref) < limit(t), by a Lagrangian      td_target,          Section 4.3
                 whose multiplier is learned; the limit grows, pi_ref improves       multiplier_loss
 
-    python o2o_sac.py --env-id hopper-medium-v2                 makes the dataset, then all stages, about an hour on a CPU
+    python o2o_sac.py --env-id hopper-medium-v2                 makes the dataset, then all three stages, on a CPU
     python o2o_sac.py --env-id hopper-medium-v2 --reevaluation-steps 500000 --alignment-steps 500000 \
         --online-steps 100000                                   the paper's budget
 
@@ -33,6 +33,7 @@ import zipfile
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -57,7 +58,7 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "hopper-medium-v2"  # task: {hopper,walker2d,halfcheetah}-{random,medium,medium-replay,medium-expert,expert}-v2
+    env_id: str = "hopper-medium-v2"  # {hopper,walker2d,halfcheetah}-{random,medium{,-replay,-expert},expert}-v2
     seed: int = 1  # the only seed: networks, batches, training and evaluation environments derive from it
     exp_name: str = "o2o_sac"  # part of the run folder's name
     cuda: bool = False  # train on a GPU
@@ -65,7 +66,7 @@ class Args:
     wandb_project_name: str = "o2o"  # project there
     wandb_entity: str | None = None  # team there
     capture_video: bool = False  # film an episode of the offline, the aligned and the final policy
-    dataset: str | None = None  # a Minari id or a D4RL .hdf5 file; None: local Minari dataset o2o/<env_id>, made if missing
+    dataset: str | None = None  # Minari id or D4RL .hdf5 file; None: local Minari dataset o2o/<env_id>, made if missing
     checkpoint: str | None = None  # offline policy; None: offline/checkpoints/<env_id>/cql.pt
     run_dir: str | None = None  # folder of this run; None: runs/<env_id>__<exp_name>__<seed>__<time>
     resume: str | None = None  # folder of a run that was cut off, to be continued
@@ -80,8 +81,8 @@ class Args:
     fit_std: float = 0.1  # std of the actions, given to a deterministic offline policy when ours is fitted to it
     updates_per_step: int = 10  # gradient steps per environment step
     warm_up: int = 1_000  # environment steps that act without updates
-    offline_data: Literal["half", "all", "none", "part"] = "half"  # batches: half offline, half online; or one buffer that
-    # starts with all the offline data, none of it, or its best 50 episodes
+    offline_data: Literal["half", "all", "none", "part"] = "half"  # batches of stage 3: half offline and half
+    # online; or from one buffer that starts with all the offline data, none of it, or its best 50 episodes
     eval_every: int = 1_000  # environment steps between evaluations
     eval_every_updates: int = 5_000  # the same in stages 1 and 2, in updates; a multiple of 100
     eval_episodes: int = 10  # episodes of one evaluation, all at once
@@ -91,14 +92,14 @@ class Args:
     tau: float = 0.005  # Polyak rate of the target critics
     policy_lr: float = 1e-4  # actor
     critic_lr: float = 3e-4  # critics and temperature
-    alpha: float | None = None  # temperature of stages 1 and 2 and its start in stage 3; None: 0.2, expert-quality data 0.5
-    kl_start: float | None = None  # nats, limit on KL(pi || pi_ref) at step 0; None: 0.125, expert-quality data 0.005
-    kl_end: float | None = None  # nats, limit after kl_steps; None: 2.0, expert-quality data 0.125; interval: a quarter
+    alpha: float | None = None  # temperature in stages 1 and 2, its start in stage 3; None: 0.2, expert data 0.5
+    kl_start: float | None = None  # nats, limit on KL(pi || pi_ref) at step 0; None: 0.125, expert data 0.005
+    kl_end: float | None = None  # nats, limit after kl_steps; None: 2.0, expert data 0.125; with interval a quarter
     kl_steps: int = 100_000  # environment steps over which the limit grows
     multiplier: float = 1.0  # lambda at the start of stage 3
     multiplier_lr: float = 5e-5  # of log lambda, one step per environment step
     kappa: float = 0.7  # weight of a violated constraint in lambda's loss; a slack one weighs 1 - kappa
-    reference: Literal["best", "interval"] = "best"  # pi_ref is the best policy evaluated so far, or renewed at intervals
+    reference: Literal["best", "interval"] = "best"  # pi_ref: the best policy so far, or renewed at intervals
     reference_every: int = 10  # evaluations between renewals with --reference interval
 
     compile: bool = True  # compile each update into one graph
@@ -229,7 +230,8 @@ def load_dataset(env_id, dataset=None):
     for observations, actions, rewards, _ in episodes:
         shapes = np.shape(observations)[1:], np.shape(actions)[1:]
         if shapes != ((obs_dim,), (act_dim,)):
-            raise UserError(f"{name} has observations and actions of shapes {shapes}, {env.spec.id} ({obs_dim},), ({act_dim},)")
+            expected = (obs_dim,), (act_dim,)
+            raise UserError(f"{name} has observations and actions of shapes {shapes}, {env.spec.id} {expected}")
         if not all(np.isfinite(x).all() for x in (observations, actions, rewards)):
             raise UserError(f"{name} holds NaN or infinite numbers; remove those episodes first")
     blocks = [np.concatenate([o[:-1], a, r[:, None], o[1:], d[:, None]], axis=1) for o, a, r, d in episodes]
@@ -326,7 +328,8 @@ class Critics(nn.Module):
         self.register_buffer("obs_std", obs_std.clone())
         sizes, layers, self.n = [len(obs_mean) + act_dim, *hidden], [], n
         for inputs, outputs in pairwise(sizes):
-            layers += [StackedLinear(n, inputs, outputs), *([StackedLayerNorm(n, outputs)] if layer_norm else []), nn.ReLU()]
+            norm = [StackedLayerNorm(n, outputs)] if layer_norm else []
+            layers += [StackedLinear(n, inputs, outputs), *norm, nn.ReLU()]
         self.net = nn.Sequential(*layers, StackedLinear(n, sizes[-1], 1))
 
     def forward(self, obs, action):
@@ -354,12 +357,16 @@ class MeanPolicy(nn.Module):
         return torch.tanh(self.net((obs - self.obs_mean) / self.obs_std))
 
     def sample(self, obs, noise):
-        """-> action (B, A), clipped to the box, in a tuple like SquashedGaussianActor.sample."""
-        return ((self.mode(obs) + self.log_std.clamp(-20, 2).exp() * noise).clamp(-1, 1),)
+        """-> action (B, A) clipped to the box, log_prob of the action before clipping (B,), and that action (B, A)."""
+        mean, log_std = self.mode(obs), self.log_std.clamp(-20, 2)
+        action = mean + log_std.exp() * noise
+        log_prob = (-0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+        return action.clamp(-1, 1), log_prob, action
 
 
 def load_policy(path, env_id, obs_dim, act_dim, std):
-    """The offline policy in a checkpoint -> its frozen module, and the checkpoint. `std` is for a deterministic one. Raises UserError if the file is missing, broken, of another environment or of other dimensions."""
+    """The offline policy in a checkpoint -> its frozen module, and the checkpoint; `std` is for a deterministic one.
+    Raises UserError if the file is missing, broken, of another environment or of other dimensions."""
     saved = load_file(path, "cpu")
     if not isinstance(saved, dict) or saved.get("format") != 1 or "policy" not in saved:
         raise UserError(f"{path} is not a checkpoint of format 1, which the scripts in offline/ write")
@@ -418,11 +425,11 @@ class Adam:
             torch._foreach_sub_(self.params, torch._foreach_mul(step, self.lr / (1 - 0.9**self.steps)))
 
     def state_dict(self):
-        return {"steps": self.steps, "mean": self.mean, "square": self.square}
+        return {"state": [self.steps, *self.mean, *self.square]}
 
-    def load_state_dict(self, state):
-        for mine, saved in zip([self.steps, *self.mean, *self.square], [state["steps"], *state["mean"], *state["square"]]):
-            mine.copy_(saved)
+    def load_state_dict(self, saved):
+        for mine, value in zip(self.state_dict()["state"], saved["state"], strict=True):
+            mine.copy_(value)
 
 
 @torch.no_grad()
@@ -592,16 +599,14 @@ def offline_part(data, part):
 
 
 def draw_batches(args, generator, first, last, count, device):
-    """Indices (count, batch_size) into the buffer whose rows [0, first) are offline and [first, last) online data."""
-    sizes = {"half": (args.batch_size // 2, args.batch_size - args.batch_size // 2)}.get(args.offline_data)
-    bounds = ((0, first), (first, last)) if sizes else ((first if args.offline_data == "none" else 0, last),)
-    return torch.cat(
-        [
-            torch.randint(low, high, (count, size), generator=generator, device=device)
-            for (low, high), size in zip(bounds, sizes or (args.batch_size,))
-        ],
-        dim=1,
-    )
+    """Indices (count, batch_size) into a buffer whose rows [0, first) are offline and [first, last) online data."""
+    half = args.batch_size // 2
+    parts = [(0, last, args.batch_size)]
+    if args.offline_data == "half":
+        parts = [(0, first, half), (first, last, args.batch_size - half)]
+    if args.offline_data == "none":
+        parts = [(first, last, args.batch_size)]
+    return torch.cat([torch.randint(a, b, (count, n), generator=generator, device=device) for a, b, n in parts], dim=1)
 
 
 def train_online(run, args, update, data, device, score_of):
@@ -704,40 +709,45 @@ def train(args, run, data, teacher, hidden, device):
     def score_of(policy, stage, step):
         """Scores of a policy's mode and of its samples; the environment steps that the former took."""
         seed = 10_000_000 * args.seed + 1_000_000 * stage + step * args.eval_episodes
-        mode, _, steps = evaluate(lambda obs, _: policy.mode(obs), envs, seed, device, args.gamma)
-        sampled, discounted, _ = evaluate(lambda *x: policy.sample(*x)[0], envs, seed, device, args.gamma)
+        mode, _, steps = evaluate(mode_of(policy), envs, seed, device)
+        sampled, soft, _ = evaluate(lambda *x: policy.sample(*x)[:2], envs, seed, device, args.gamma, args.alpha)
         scores = {"score": normalized_score(args.env_id, mode), "score_sampled": normalized_score(args.env_id, sampled)}
-        return {key: float(value) for key, value in (scores | {"return_discounted": discounted}).items()}, steps
+        return {key: float(value) for key, value in (scores | {"soft_return": soft}).items()}, steps
+
+    def actor_scores(stage, step):
+        return score_of(nets["actor"], stage, step)[0]
 
     def start_values(_):
-        """Q of pi_off in start states beside the discounted return that pi_off obtains from them (without the entropy
-        bonus that Q holds): re-evaluation is long enough once Q stands still at about that height."""
-        obs = np.stack([env.reset(seed=i)[0] for i, env in enumerate(envs)])
+        """V of pi_off in start states beside what pi_off obtains from them, discounted and with the entropy bonus of
+        its actions: re-evaluation is long enough once the former stands still near the latter."""
+        obs = np.stack([env.reset(seed=i)[0] for i, env in enumerate(envs * 10)])
         obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
         with torch.no_grad():
-            q = nets["critics"](obs, nets["behaviour"].mode(obs)).amin(0).mean()
-        return {"q_start": float(q), "return_discounted": progress["offline_discounted"]}
+            noise = torch.randn(len(obs), act_dim, generator=torch.Generator(device).manual_seed(0), device=device)
+            action, log_prob, _ = nets["behaviour"].sample(obs, noise)
+            value = (nets["critics"](obs, action).amin(0) - args.alpha * log_prob).mean()
+        return {"v_start": float(value), "soft_return": progress["soft_return"]}
 
     def enter(stage):
         """A border between stages: the model, a film, and a point to resume from."""
-        if args.capture_video and stage != "fit":
-            record_video(nets["actor"].mode, data.make_env, run.dir / "videos" / f"before-{stage}.mp4", args.seed, device)
+        if args.capture_video:
+            film = run.dir / "videos" / f"before-{stage}.mp4"
+            record_video(nets["actor"].mode, data.make_env, film, args.seed, device)
         progress["stage"], progress["step"] = stage, 0
         save_file(export(args, data, nets, progress), run.dir / "model.pt")
         run.save()
 
     if progress["stage"] == "start":
         scores, _ = score_of(teacher, 0, 0)
-        progress["offline_score"], progress["offline_discounted"] = scores["score"], scores["return_discounted"]
+        progress["offline_score"], progress["soft_return"] = scores["score"], scores["soft_return"]
         print(f"offline policy: score {scores['score']:.1f}, sampled {scores['score_sampled']:.1f}", flush=True)
         enter("fit")
     if progress["stage"] == "fit":
         if not same_class:
             fit = compile_update(fit_update(teacher, nets["actor"], optimizers["actor"]), args.compile)
-            check = lambda step: score_of(nets["actor"], 0, step)[0]
-            train_offline(run, args, "fit", args.fit_steps, fit, rows, act_dim, check)
+            train_offline(run, args, "fit", args.fit_steps, fit, rows, act_dim, partial(actor_scores, 0))
             scores, _ = score_of(nets["actor"], 0, args.fit_steps)
-            progress["fitted_score"], progress["offline_discounted"] = scores["score"], scores["return_discounted"]
+            progress["fitted_score"], progress["soft_return"] = scores["score"], scores["soft_return"]
             for name in ("behaviour", "reference"):
                 nets[name].load_state_dict(nets["actor"].state_dict())
         progress["reference_score"] = progress["offline_score"] if same_class else progress["fitted_score"]
@@ -749,7 +759,7 @@ def train(args, run, data, teacher, hidden, device):
         enter("align")
     if progress["stage"] == "align":
         if args.align:
-            check = lambda step: score_of(nets["actor"], 2, step)[0]
+            check = partial(actor_scores, 2)
             train_offline(run, args, "align", args.alignment_steps, align, rows, act_dim, check)
             nets["targets"].load_state_dict(nets["critics"].state_dict())
             scores, steps = score_of(nets["actor"], 2, args.alignment_steps)
@@ -767,24 +777,30 @@ def train(args, run, data, teacher, hidden, device):
 
 # shared: evaluate
 @torch.no_grad()
-def evaluate(policy, envs, seed, device, gamma):
-    """One episode in each of `envs`, all at once. `policy(obs (n, O), noise (n, A)) -> actions (n, A)`. Start states and
-    noise come from `seed` alone: no random number of training is drawn. -> mean return, mean discounted return, and
-    the environment steps of all episodes together."""
+def evaluate(policy, envs, seed, device, gamma=1.0, alpha=0.0):
+    """One episode in each of `envs`, all at once; `policy` maps obs (n, O) and noise (n, A) to actions (n, A) and their
+    log_prob (n,). Start states and noise come from `seed` alone: no random number of training is drawn. -> mean return,
+    mean of sum gamma^t (r - alpha log_prob), and the environment steps of all episodes together."""
     generator = torch.Generator().manual_seed(seed)
     obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
     returns, discounted, alive, steps, discount = np.zeros(len(envs)), np.zeros(len(envs)), np.arange(len(envs)), 0, 1.0
     while len(alive):
         noise = torch.randn(len(envs), envs[0].action_space.shape[0], generator=generator)[alive].to(device)
-        actions = policy(torch.as_tensor(obs[alive], dtype=torch.float32, device=device), noise).cpu().numpy()
+        actions, log_prob = policy(torch.as_tensor(obs[alive], dtype=torch.float32, device=device), noise)
+        actions, bonus = actions.cpu().numpy(), -alpha * log_prob.cpu().numpy()
         running = np.ones(len(alive), dtype=bool)
         for k, i in enumerate(alive):
             obs[i], reward, terminated, truncated, _ = envs[i].step(actions[k])
             returns[i] += reward
-            discounted[i] += discount * reward
+            discounted[i] += discount * (reward + bonus[k])
             running[k] = not (terminated or truncated)
         steps, alive, discount = steps + len(alive), alive[running], discount * gamma
     return returns.mean(), discounted.mean(), steps
+
+
+def mode_of(policy):
+    """The policy that executes the most likely action, for evaluate."""
+    return lambda obs, noise: (policy.mode(obs), torch.zeros(len(obs)))
 
 
 # end shared
@@ -885,7 +901,7 @@ class Run:
         save_file({**state, **position}, self.dir / "resume.pt")
 
     def log(self, stage, step, values):
-        """One row of metrics.jsonl. Raises UserError if a value is not finite; resume.pt is then the last good state."""
+        """One row of metrics.jsonl. Raises UserError if a value is not finite; resume.pt stays the last good state."""
         values = {f"{stage}/{key}": float(value) for key, value in values.items()}
         for key, value in values.items():
             if not math.isfinite(value):
@@ -962,7 +978,7 @@ def draw_curve(run):
     if not panels:
         return
     figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.5), squeeze=False, layout="constrained")
-    for axis, stage in zip(axes[0], panels):
+    for axis, stage in zip(axes[0], panels, strict=True):
         steps = [row["step"] for row in rows if row["stage"] == stage]
         for key, label in (("score", "mode"), ("score_sampled", "sampled"), ("q_mean", "mean Q")):
             values = [row.get(f"{stage}/{key}") for row in rows if row["stage"] == stage]
@@ -993,7 +1009,8 @@ def record_video(policy, make_env, path, seed, device):
             obs, _, terminated, truncated, _ = env.step(policy(obs_batch).cpu().numpy()[0])
             done = terminated or truncated
     except (ImportError, AttributeError, gym.error.Error, mujoco.FatalError) as error:
-        raise UserError(f"cannot render ({error}); set MUJOCO_GL=egl or osmesa, or leave --capture-video out") from error
+        hint = "set MUJOCO_GL=egl or osmesa, or leave --capture-video out"
+        raise UserError(f"cannot render ({error}); {hint}") from error
     path.parent.mkdir(exist_ok=True)
     imageio.mimsave(path, frames, fps=env.metadata["render_fps"])
 
@@ -1039,9 +1056,9 @@ def main(args: Args):
         raise
     finally:
         summary = write_summary(run, args, data.name, "o2o_sac", status)
-        for key in ("offline_score", "fitted_score", "aligned_score", "initial_drop", "final_score", "best_score", "auc"):
-            if summary[key] is not None:
-                print(f"{key:15} {summary[key]:7.1f}")
+        for key, value in summary.items():
+            if isinstance(value, float):
+                print(f"{key:15} {value:7.1f}")
         print(f"{status} after {summary['wall_seconds']:.0f} s; everything is in {run.dir}")
     return summary
 

@@ -1,7 +1,7 @@
 """Makes the datasets behind the D4RL task names, on this machine, without a download.
 
-  python offline/collect.py --env-id hopper-medium-v2            dataset `o2o/hopper-medium-v2`, in the local Minari store
-  python offline/collect.py --env-id hopper-medium-v2 --train    train the behaviour policies of hopper itself (SAC), hours
+    python offline/collect.py --env-id hopper-medium-v2           makes `o2o/hopper-medium-v2` in the local Minari store
+    python offline/collect.py --env-id hopper-medium-v2 --train   trains the behaviour policies of hopper (SAC), hours
 
 D4RL's protocol (Fu et al. 2020, arXiv 2004.07219) on gymnasium's v5 environments:
   random          uniform actions
@@ -26,6 +26,7 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
 import zipfile
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -52,9 +53,9 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "hopper-medium-v2"  # {hopper,walker2d,halfcheetah}-{random,medium,medium-replay,medium-expert,expert}-v2
+    env_id: str = "hopper-medium-v2"  # {hopper,walker2d,halfcheetah}-{random,medium{,-replay,-expert},expert}-v2
     seed: int = 1  # the only seed: start states, action noise and, with --train, networks and batches derive from it
-    num_steps: int | None = None  # transitions to collect; None: 1,000,000, for medium-replay as many as SAC took to medium
+    num_steps: int | None = None  # transitions; None: 1,000,000, for medium-replay as many as SAC took to medium
     num_envs: int = 64  # episodes rolled out at once, with one policy call for all
     behaviour: str | None = None  # file of behaviour policies; None: offline/checkpoints/behaviour/<env>.pt
     overwrite: bool = False  # replace the dataset (or, with --train, the file of behaviour policies) if it exists
@@ -63,7 +64,7 @@ class Args:
     train_steps: int = 1_000_000  # environment steps of the SAC run, with one update each
     stop_score: float = 100.0  # score of an evaluation at which the SAC run ends early
     medium_score: float = 100 / 3  # score of an evaluation from which the policy counts as medium: a third of expert
-    snapshot_every: int = 10_000  # environment steps between evaluations, each of them a rung of the medium-replay ladder
+    snapshot_every: int = 10_000  # environment steps between evaluations, each a rung of the medium-replay ladder
     exp_name: str = "collect"  # part of the run folder's name
     run_dir: str | None = None  # folder of the SAC run; None: runs/<env_id>__<exp_name>__<seed>__<time>
     resume: str | None = None  # folder of a SAC run that was cut off, to be continued
@@ -186,7 +187,8 @@ class Critics(nn.Module):
         self.register_buffer("obs_std", obs_std.clone())
         sizes, layers, self.n = [len(obs_mean) + act_dim, *hidden], [], n
         for inputs, outputs in pairwise(sizes):
-            layers += [StackedLinear(n, inputs, outputs), *([StackedLayerNorm(n, outputs)] if layer_norm else []), nn.ReLU()]
+            norm = [StackedLayerNorm(n, outputs)] if layer_norm else []
+            layers += [StackedLinear(n, inputs, outputs), *norm, nn.ReLU()]
         self.net = nn.Sequential(*layers, StackedLinear(n, sizes[-1], 1))
 
     def forward(self, obs, action):
@@ -230,11 +232,11 @@ class Adam:
             torch._foreach_sub_(self.params, torch._foreach_mul(step, self.lr / (1 - 0.9**self.steps)))
 
     def state_dict(self):
-        return {"steps": self.steps, "mean": self.mean, "square": self.square}
+        return {"state": [self.steps, *self.mean, *self.square]}
 
-    def load_state_dict(self, state):
-        for mine, saved in zip([self.steps, *self.mean, *self.square], [state["steps"], *state["mean"], *state["square"]]):
-            mine.copy_(saved)
+    def load_state_dict(self, saved):
+        for mine, value in zip(self.state_dict()["state"], saved["state"], strict=True):
+            mine.copy_(value)
 
 
 @torch.no_grad()
@@ -284,7 +286,8 @@ def make_sac(obs_dim, act_dim, device, gamma=0.99, tau=0.005, lr=3e-4):
 
         new_action, log_prob, _ = actor.sample(obs, noise[1])
         optimizers["actor"].minimize((alpha * log_prob - critics(obs, new_action).amin(0)).mean())
-        optimizers["log_alpha"].minimize(-log_alpha.weight * (log_prob.detach().mean() - act_dim))  # target entropy: -A nats
+        entropy = -log_prob.detach().mean()
+        optimizers["log_alpha"].minimize(log_alpha.weight * (entropy + act_dim))  # target entropy: -A nats
         polyak(targets, critics, tau)
         return {"critic_loss": critic_loss.detach(), "q_mean": q.detach().mean(), "alpha": alpha}
 
@@ -292,7 +295,7 @@ def make_sac(obs_dim, act_dim, device, gamma=0.99, tau=0.005, lr=3e-4):
 
 
 def train(args, path):
-    """SAC from scratch. Every `snapshot_every` steps it evaluates the sampled policy, takes a snapshot and writes `path`:
+    """SAC from scratch. Every `snapshot_every` steps it evaluates the sampled policy, takes a snapshot, writes `path`:
     the ladder up to medium (float16), the medium and the best snapshot (float32)."""
     name, _ = parse_task(args.env_id)
     if path.exists() and not (args.overwrite or args.resume):
@@ -336,7 +339,7 @@ def train(args, path):
             continue
 
         rate = counted / (time.time() - clock)
-        mean_return, _, _ = evaluate(lambda *x: actor.sample(*x)[0], envs, 10_000_000 * args.seed + step, device, 0.99)
+        mean_return, _, _ = evaluate(lambda *x: actor.sample(*x)[:2], envs, 10_000_000 * args.seed + step, device)
         score = float(normalized_score(args.env_id, mean_return))
         run.log("sac", step, {**values, "return": mean_return, "score": score, "steps_per_second": rate})
         print(f"sac {step}: return {mean_return:.0f}, score {score:.1f}, {rate:.0f} steps/s", flush=True)
@@ -395,13 +398,13 @@ def rollouts(weights, hidden, gym_id, num_steps, num_envs, seed, bar):
             noise = torch.randn(len(alive), act_dim, generator=generator)
             actions = actor.sample(torch.as_tensor(obs[alive], dtype=torch.float32), noise)[0]
         finished = []
-        for i, action in zip(alive, actions.numpy()):
+        for i, action in zip(alive, actions.numpy(), strict=True):
             obs[i], reward, terminated, truncated, _ = envs[i].step(action)
             observations, steps = current[i]
             observations.append(obs[i].copy())
             steps.append((action, reward, terminated, truncated))
             if terminated or truncated:
-                columns = [np.stack(column) for column in zip(*steps)]
+                columns = [np.stack(column) for column in zip(*steps, strict=True)]
                 episodes.append(EpisodeBuffer(None, None, None, np.stack(observations), *columns))
                 done_steps[i] += len(steps)
                 bar.update(len(steps))
@@ -439,16 +442,17 @@ def collect(args, path):
     total = sum(len(episode.rewards) for episode in episodes)
     rolled = time.time() - started
 
-    # written into a store of its own and renamed: an interrupted run leaves no half dataset behind
-    root = target.parents[1]
-    with tempfile.TemporaryDirectory(dir=root, prefix=".collect-") as store:
-        previous = os.environ.get("MINARI_DATASETS_PATH")
+    # written into a store of its own and then renamed: an interrupted run leaves no half dataset behind
+    root = get_dataset_path()
+    with tempfile.TemporaryDirectory(dir=root, prefix=".collect-") as store, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # Minari would like an author's e-mail address
         os.environ["MINARI_DATASETS_PATH"] = store
         try:
             minari.create_dataset_from_buffers(
                 dataset_id,
                 episodes,
                 env=gym_id,
+                eval_env=gym_id,
                 algorithm_name="uniform random" if quality == "random" else "SAC",
                 author="o2o",
                 code_permalink="offline/collect.py",
@@ -459,10 +463,7 @@ def collect(args, path):
                 requirements=[f"mujoco=={mujoco.__version__}", f"gymnasium=={gym.__version__}"],
             )
         finally:
-            if previous is None:
-                del os.environ["MINARI_DATASETS_PATH"]
-            else:
-                os.environ["MINARI_DATASETS_PATH"] = previous
+            os.environ["MINARI_DATASETS_PATH"] = str(root)
         if "o2o" not in list_local_namespaces():
             create_namespace("o2o")
         if target.exists():
@@ -477,24 +478,30 @@ def collect(args, path):
 
 # shared: evaluate
 @torch.no_grad()
-def evaluate(policy, envs, seed, device, gamma):
-    """One episode in each of `envs`, all at once. `policy(obs (n, O), noise (n, A)) -> actions (n, A)`. Start states and
-    noise come from `seed` alone: no random number of training is drawn. -> mean return, mean discounted return, and
-    the environment steps of all episodes together."""
+def evaluate(policy, envs, seed, device, gamma=1.0, alpha=0.0):
+    """One episode in each of `envs`, all at once; `policy` maps obs (n, O) and noise (n, A) to actions (n, A) and their
+    log_prob (n,). Start states and noise come from `seed` alone: no random number of training is drawn. -> mean return,
+    mean of sum gamma^t (r - alpha log_prob), and the environment steps of all episodes together."""
     generator = torch.Generator().manual_seed(seed)
     obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
     returns, discounted, alive, steps, discount = np.zeros(len(envs)), np.zeros(len(envs)), np.arange(len(envs)), 0, 1.0
     while len(alive):
         noise = torch.randn(len(envs), envs[0].action_space.shape[0], generator=generator)[alive].to(device)
-        actions = policy(torch.as_tensor(obs[alive], dtype=torch.float32, device=device), noise).cpu().numpy()
+        actions, log_prob = policy(torch.as_tensor(obs[alive], dtype=torch.float32, device=device), noise)
+        actions, bonus = actions.cpu().numpy(), -alpha * log_prob.cpu().numpy()
         running = np.ones(len(alive), dtype=bool)
         for k, i in enumerate(alive):
             obs[i], reward, terminated, truncated, _ = envs[i].step(actions[k])
             returns[i] += reward
-            discounted[i] += discount * reward
+            discounted[i] += discount * (reward + bonus[k])
             running[k] = not (terminated or truncated)
         steps, alive, discount = steps + len(alive), alive[running], discount * gamma
     return returns.mean(), discounted.mean(), steps
+
+
+def mode_of(policy):
+    """The policy that executes the most likely action, for evaluate."""
+    return lambda obs, noise: (policy.mode(obs), torch.zeros(len(obs)))
 
 
 # end shared
@@ -595,7 +602,7 @@ class Run:
         save_file({**state, **position}, self.dir / "resume.pt")
 
     def log(self, stage, step, values):
-        """One row of metrics.jsonl. Raises UserError if a value is not finite; resume.pt is then the last good state."""
+        """One row of metrics.jsonl. Raises UserError if a value is not finite; resume.pt stays the last good state."""
         values = {f"{stage}/{key}": float(value) for key, value in values.items()}
         for key, value in values.items():
             if not math.isfinite(value):

@@ -48,14 +48,14 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "hopper-medium-v2"  # {hopper,walker2d,halfcheetah}-{random,medium,medium-replay,medium-expert,expert}-v2
+    env_id: str = "hopper-medium-v2"  # {hopper,walker2d,halfcheetah}-{random,medium{,-replay,-expert},expert}-v2
     seed: int = 1  # the only seed: networks, batches and evaluation derive from it
     exp_name: str = "cql"  # part of the run folder's name
     cuda: bool = False  # train on a GPU
     track: bool = False  # also log to Weights & Biases
     wandb_project_name: str = "o2o"  # project there
     wandb_entity: str | None = None  # team there
-    dataset: str | None = None  # a Minari id or a D4RL .hdf5 file; None: local Minari dataset o2o/<env_id>, made if missing
+    dataset: str | None = None  # Minari id or D4RL .hdf5 file; None: local Minari dataset o2o/<env_id>, made if missing
     output: str | None = None  # checkpoint to write; None: offline/checkpoints/<env_id>/cql.pt
     overwrite: bool = False  # replace that checkpoint if it exists
     run_dir: str | None = None  # folder of this run; None: runs/<env_id>__<exp_name>__<seed>__<time>
@@ -79,8 +79,8 @@ class Args:
     clip_gap: float | None = None  # lower clip of the gap of a state, in units of Q; None: no clip
 
     compile: bool = True  # compile the update into one graph
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # fp32, or bf16 inputs with fp32 sums (medium), then
-    # with bf16 activations in the conservative term too, whose 31 actions a state are bound by memory
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # fp32, or bf16 inputs with fp32 sums (medium),
+    # then with bf16 activations in the conservative term too, whose 30 actions a state are bound by memory
     num_threads: int = 1  # CPU threads: such small networks get slower, not faster, once threads exceed the free cores
 
 
@@ -194,7 +194,8 @@ def load_dataset(env_id, dataset=None):
     for observations, actions, rewards, _ in episodes:
         shapes = np.shape(observations)[1:], np.shape(actions)[1:]
         if shapes != ((obs_dim,), (act_dim,)):
-            raise UserError(f"{name} has observations and actions of shapes {shapes}, {env.spec.id} ({obs_dim},), ({act_dim},)")
+            expected = (obs_dim,), (act_dim,)
+            raise UserError(f"{name} has observations and actions of shapes {shapes}, {env.spec.id} {expected}")
         if not all(np.isfinite(x).all() for x in (observations, actions, rewards)):
             raise UserError(f"{name} holds NaN or infinite numbers; remove those episodes first")
     blocks = [np.concatenate([o[:-1], a, r[:, None], o[1:], d[:, None]], axis=1) for o, a, r, d in episodes]
@@ -291,7 +292,8 @@ class Critics(nn.Module):
         self.register_buffer("obs_std", obs_std.clone())
         sizes, layers, self.n = [len(obs_mean) + act_dim, *hidden], [], n
         for inputs, outputs in pairwise(sizes):
-            layers += [StackedLinear(n, inputs, outputs), *([StackedLayerNorm(n, outputs)] if layer_norm else []), nn.ReLU()]
+            norm = [StackedLayerNorm(n, outputs)] if layer_norm else []
+            layers += [StackedLinear(n, inputs, outputs), *norm, nn.ReLU()]
         self.net = nn.Sequential(*layers, StackedLinear(n, sizes[-1], 1))
 
     def forward(self, obs, action):
@@ -335,11 +337,11 @@ class Adam:
             torch._foreach_sub_(self.params, torch._foreach_mul(step, self.lr / (1 - 0.9**self.steps)))
 
     def state_dict(self):
-        return {"steps": self.steps, "mean": self.mean, "square": self.square}
+        return {"state": [self.steps, *self.mean, *self.square]}
 
-    def load_state_dict(self, state):
-        for mine, saved in zip([self.steps, *self.mean, *self.square], [state["steps"], *state["mean"], *state["square"]]):
-            mine.copy_(saved)
+    def load_state_dict(self, saved):
+        for mine, value in zip(self.state_dict()["state"], saved["state"], strict=True):
+            mine.copy_(value)
 
 
 @torch.no_grad()
@@ -421,7 +423,7 @@ def make_update(args, nets, obs_dim, act_dim):
         with torch.no_grad():
             next_actions, next_log_prob = draw(next_obs, noise[:k])
             actions, log_prob = draw(obs, noise[k : 2 * k])
-            uniform = torch.erf(noise[2 * k : 3 * k] / math.sqrt(2)).transpose(0, 1)  # normal noise -> uniform on [-1, 1]
+            uniform = torch.erf(noise[2 * k : 3 * k] / math.sqrt(2)).transpose(0, 1)  # of normal noise: U[-1, 1]
             candidates = torch.cat([uniform, actions, next_actions], dim=1)
             uniform_density = torch.full_like(log_prob, -act_dim * math.log(2))
             log_density = torch.cat([uniform_density, log_prob, next_log_prob], dim=1)
@@ -446,8 +448,8 @@ def make_update(args, nets, obs_dim, act_dim):
         entropy = -new_log_prob.detach().mean()
         optimizers["log_alpha"].minimize(log_alpha * (entropy + act_dim))  # target entropy: -A nats
         polyak(targets, critics, args.tau)
-        values = {"critic_loss": critic_loss, "gap": gap.mean(), "cql_weight": weight * args.cql_alpha, "q_mean": q.mean()}
-        values |= {"actor_loss": actor_loss, "entropy": entropy, "alpha": alpha}
+        values = {"critic_loss": critic_loss, "gap": gap.mean(), "cql_weight": weight * args.cql_alpha}
+        values |= {"q_mean": q.mean(), "actor_loss": actor_loss, "entropy": entropy, "alpha": alpha}
         return {key: value.detach() for key, value in values.items()}
 
     return optimizers, update
@@ -455,24 +457,30 @@ def make_update(args, nets, obs_dim, act_dim):
 
 # shared: evaluate
 @torch.no_grad()
-def evaluate(policy, envs, seed, device, gamma):
-    """One episode in each of `envs`, all at once. `policy(obs (n, O), noise (n, A)) -> actions (n, A)`. Start states and
-    noise come from `seed` alone: no random number of training is drawn. -> mean return, mean discounted return, and
-    the environment steps of all episodes together."""
+def evaluate(policy, envs, seed, device, gamma=1.0, alpha=0.0):
+    """One episode in each of `envs`, all at once; `policy` maps obs (n, O) and noise (n, A) to actions (n, A) and their
+    log_prob (n,). Start states and noise come from `seed` alone: no random number of training is drawn. -> mean return,
+    mean of sum gamma^t (r - alpha log_prob), and the environment steps of all episodes together."""
     generator = torch.Generator().manual_seed(seed)
     obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
     returns, discounted, alive, steps, discount = np.zeros(len(envs)), np.zeros(len(envs)), np.arange(len(envs)), 0, 1.0
     while len(alive):
         noise = torch.randn(len(envs), envs[0].action_space.shape[0], generator=generator)[alive].to(device)
-        actions = policy(torch.as_tensor(obs[alive], dtype=torch.float32, device=device), noise).cpu().numpy()
+        actions, log_prob = policy(torch.as_tensor(obs[alive], dtype=torch.float32, device=device), noise)
+        actions, bonus = actions.cpu().numpy(), -alpha * log_prob.cpu().numpy()
         running = np.ones(len(alive), dtype=bool)
         for k, i in enumerate(alive):
             obs[i], reward, terminated, truncated, _ = envs[i].step(actions[k])
             returns[i] += reward
-            discounted[i] += discount * reward
+            discounted[i] += discount * (reward + bonus[k])
             running[k] = not (terminated or truncated)
         steps, alive, discount = steps + len(alive), alive[running], discount * gamma
     return returns.mean(), discounted.mean(), steps
+
+
+def mode_of(policy):
+    """The policy that executes the most likely action, for evaluate."""
+    return lambda obs, noise: (policy.mode(obs), torch.zeros(len(obs)))
 
 
 # end shared
@@ -552,7 +560,7 @@ class Run:
         save_file({**state, **position}, self.dir / "resume.pt")
 
     def log(self, stage, step, values):
-        """One row of metrics.jsonl. Raises UserError if a value is not finite; resume.pt is then the last good state."""
+        """One row of metrics.jsonl. Raises UserError if a value is not finite; resume.pt stays the last good state."""
         values = {f"{stage}/{key}": float(value) for key, value in values.items()}
         for key, value in values.items():
             if not math.isfinite(value):
@@ -646,7 +654,7 @@ def main(args: Args):
         values = {key: float(value) for key, value in values.items()}
         values["updates_per_second"] = counted / (time.time() - clock)
         seed = 10_000_000 * args.seed + step * args.eval_episodes
-        mean_return, _, _ = evaluate(lambda obs, _: actor.mode(obs), envs, seed, device, args.gamma)
+        mean_return, _, _ = evaluate(mode_of(actor), envs, seed, device)
         values["score"] = float(normalized_score(args.env_id, mean_return))
         run.log("offline", step, values)
         print(f"cql {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()), flush=True)

@@ -1,0 +1,197 @@
+"""Targets and losses at points worked out by hand, and the building blocks against torch's own."""
+
+import math
+
+import collect
+import cql
+import o2o_sac
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def tensor(*values):
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def test_squashed_log_prob_is_a_density():
+    mean, log_std = torch.tensor([[0.7]]).double(), torch.tensor([[-0.4]]).double()
+    u = torch.linspace(-12, 12, 200_001, dtype=torch.float64).unsqueeze(1)
+    density = o2o_sac.squashed_log_prob(mean, log_std, u).exp()
+    action_step = (1 - torch.tanh(u.squeeze(1)) ** 2) * (u[1, 0] - u[0, 0])  # da = (1 - a^2) du
+    assert (density * action_step).sum().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_squashed_log_prob_agrees_with_torch_distributions():
+    mean, log_std, u = torch.randn(5, 3), torch.randn(5, 3), torch.randn(5, 3)
+    normal = torch.distributions.Normal(mean, log_std.exp())
+    expected = (normal.log_prob(u) - torch.log(1 - torch.tanh(u) ** 2)).sum(-1)
+    torch.testing.assert_close(o2o_sac.squashed_log_prob(mean, log_std, u), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_squashed_log_prob_is_finite_where_tanh_is_one():
+    log_prob = o2o_sac.squashed_log_prob(torch.zeros(1, 2), torch.zeros(1, 2), torch.full((1, 2), 30.0))
+    assert log_prob.isfinite().all()
+
+
+def test_td_target_by_hand():
+    target = o2o_sac.td_target(
+        reward=tensor(1, 1, 1),
+        terminated=tensor(0, 1, 0),
+        next_q=torch.stack([tensor(10, 10, 10), tensor(8, 8, 8)]),
+        next_log_prob=tensor(-2, -2, 2),
+        alpha=0.5,
+        gamma=0.9,
+        penalty=tensor(0, 0, 3),
+    )
+    # 1 + 0.9 (8 + 1), 1, 1 + 0.9 (8 - 1 - 3)
+    torch.testing.assert_close(target, tensor(9.1, 1, 4.6))
+
+
+def test_alignment_target_by_hand():
+    target = o2o_sac.alignment_target(
+        q_mode=tensor(10, 10, 10, -10),
+        log_prob_mode=tensor(2, 2, 2, 2),
+        q=tensor(12, 3, 10, -9),
+        log_prob=tensor(-3, -3, 2, -3),
+        alpha=0.2,
+    )
+    # lowered to 10 - 0.2 * 5; already lower; the mode itself; a negative value is lowered too: -10 - 0.2 * 5
+    torch.testing.assert_close(target, tensor(9, 3, 10, -11))
+
+
+def test_multiplier_rises_when_violated_and_falls_when_slack():
+    def gradient(slack):
+        log_multiplier = torch.zeros((), requires_grad=True)
+        loss = o2o_sac.multiplier_loss(log_multiplier.exp(), slack, kappa=0.7)
+        return torch.autograd.grad(loss, log_multiplier)[0].item()
+
+    assert gradient(tensor(-1, -1)) == pytest.approx(-0.7)  # descent raises lambda
+    assert gradient(tensor(1, 1)) == pytest.approx(0.3)
+    assert gradient(tensor(-1, 1)) == pytest.approx(-0.2)
+
+
+def test_kl_limit_grows_linearly_and_stops():
+    args = o2o_sac.Args(kl_start=0.125, kl_end=2.0, kl_steps=100)
+    assert [o2o_sac.kl_limit(args, t) for t in (0, 50, 100, 900)] == pytest.approx([0.125, 1.0625, 2.0, 2.0])
+
+
+def test_actor_loss_by_hand():
+    loss = o2o_sac.actor_loss(tensor(1, 3), torch.stack([tensor(5, 5), tensor(4, 7)]), 0.5, tensor(0.25, 0.75))
+    assert loss.item() == pytest.approx(((0.5 - 4 + 0.25) + (1.5 - 5 + 0.75)) / 2)
+
+
+def test_log_ratio_is_clamped_far_from_the_reference():
+    reference = lambda obs: (torch.zeros(2, 1), torch.full((2, 1), -3.0))  # noqa: E731
+    u = torch.tensor([[0.0], [3.0]])
+    f = o2o_sac.log_ratio(tensor(0, 0), reference, None, u)
+    assert f[0].item() == pytest.approx(-(3 - 0.5 * math.log(2 * math.pi)), abs=1e-4)
+    assert f[1].item() == 50
+
+
+def test_defaults_depend_on_the_data_and_the_command_line_wins():
+    for task, expected in (("hopper-medium-v2", (0.2, 0.125, 2.0)), ("walker2d-expert-v2", (0.5, 0.005, 0.125))):
+        args = o2o_sac.Args(env_id=task)
+        o2o_sac.fill_defaults(args)
+        assert (args.alpha, args.kl_start, args.kl_end) == expected
+    args = o2o_sac.Args(env_id="walker2d-expert-v2", alpha=0.3)
+    o2o_sac.fill_defaults(args)
+    assert args.alpha == 0.3
+    args = o2o_sac.Args(reference="interval")
+    o2o_sac.fill_defaults(args)
+    assert args.kl_end == 0.5
+
+
+def test_conservative_gap_by_hand():
+    q_candidates = torch.tensor([[[1.0, 2.0]]])  # one critic, one state, two candidates
+    log_density = torch.tensor([[0.0, -1.0]])
+    gap = cql.conservative_gap(q_candidates, log_density, q_data=torch.tensor([[4.0]]), temperature=1.0)
+    assert gap.item() == pytest.approx(math.log(math.exp(1) + math.exp(3)) - 4)
+    warm = cql.conservative_gap(q_candidates, log_density, torch.tensor([[4.0]]), temperature=2.0)
+    assert warm.item() == pytest.approx(2 * math.log(math.exp(0.5) + math.exp(1.5)) - 4)
+    assert cql.conservative_gap(q_candidates, log_density, torch.tensor([[900.0]]), 1.0, clip=-200).item() == -200
+
+
+def test_importance_weights_make_the_gap_independent_of_where_candidates_come_from():
+    """logsumexp_k(Q - log p) - log K estimates log of the integral of exp(Q) for any p that covers the box."""
+    generator = torch.Generator().manual_seed(0)
+    uniform = 2 * torch.rand(1, 1, 200_000, generator=generator) - 1
+    skewed = torch.sqrt(torch.rand(1, 1, 200_000, generator=generator)) * 2 - 1  # density (a + 1) / 2
+    q = lambda a: -3 * (a - 0.3) ** 2  # noqa: E731
+    zero = torch.zeros(1, 1)
+    flat = cql.conservative_gap(q(uniform), torch.full_like(uniform[0], -math.log(2)), zero, 1.0)
+    tilted = cql.conservative_gap(q(skewed), torch.log((skewed[0] + 1) / 2), zero, 1.0)
+    assert flat.item() == pytest.approx(tilted.item(), abs=0.02)
+
+
+def test_cql_td_target_takes_the_smaller_critic_then_the_best_action():
+    next_q = torch.tensor([[[1.0, 5.0]], [[2.0, 3.0]]])  # two critics, one state, two next actions
+    target = cql.td_target(tensor(1), tensor(0), next_q, 0.5)
+    assert target.item() == 1 + 0.5 * 3
+    assert cql.td_target(tensor(1), tensor(1), next_q, 0.5).item() == 1
+
+
+def test_critics_equal_separate_networks():
+    critics = o2o_sac.Critics(torch.randn(4), torch.rand(4) + 0.5, 2, (8, 8), n=3, layer_norm=True)
+    obs, action = torch.randn(5, 4), torch.randn(5, 2)
+    q = critics(obs, action)
+    assert q.shape == (3, 5)
+    for j in range(3):
+        x = torch.cat([(obs - critics.obs_mean) / critics.obs_std, action], -1)
+        for layer in critics.net:
+            if isinstance(layer, o2o_sac.StackedLinear):
+                x = F.linear(x, layer.weight[j].T, layer.bias[j, 0])
+            elif isinstance(layer, o2o_sac.StackedLayerNorm):
+                x = F.layer_norm(x, (8,), layer.weight[j, 0], layer.bias[j, 0])
+            else:
+                x = F.relu(x)
+        torch.testing.assert_close(q[j], x.squeeze(-1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_cql_critics_score_many_actions_like_single_ones(bf16):
+    torch.manual_seed(0)
+    critics = cql.CqlCritics(torch.randn(4), torch.rand(4) + 0.5, 2, (16, 16))
+    obs, actions = torch.randn(5, 4), torch.rand(5, 7, 2) * 2 - 1
+    many = critics.many(obs, actions, bf16)
+    assert many.shape == (2, 5, 7) and many.dtype == torch.float32
+    one_by_one = torch.stack([critics(obs, actions[:, k]) for k in range(7)], dim=-1)
+    torch.testing.assert_close(many, one_by_one, rtol=2e-2 if bf16 else 1e-4, atol=2e-2 if bf16 else 1e-5)
+
+
+def test_adam_is_torch_adam():
+    torch.manual_seed(0)
+    net = nn.Linear(3, 2)
+    twin = nn.Linear(3, 2)
+    twin.load_state_dict(net.state_dict())
+    ours, theirs = o2o_sac.Adam(net.parameters(), 1e-2), torch.optim.Adam(twin.parameters(), 1e-2)
+    for _ in range(20):
+        x = torch.randn(4, 3)
+        ours.minimize((net(x) ** 2).mean())
+        theirs.zero_grad()
+        (twin(x) ** 2).mean().backward()
+        theirs.step()
+    for mine, other in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_polyak():
+    target, source = nn.Linear(1, 1), nn.Linear(1, 1)
+    nn.init.constant_(target.weight, 1.0)
+    nn.init.constant_(source.weight, 3.0)
+    o2o_sac.polyak(target, source, 0.25)
+    assert target.weight.item() == pytest.approx(1.5)
+
+
+def test_normalized_score():
+    assert o2o_sac.normalized_score("hopper-medium-v2", 3234.3) == pytest.approx(100)
+    assert o2o_sac.normalized_score("hopper-random-v2", -20.272305) == pytest.approx(0)
+    assert o2o_sac.normalized_score("halfcheetah-expert-v2", (12135.0 - 280.178953) / 2) == pytest.approx(50)
+
+
+def test_medium_replay_is_the_ladder_in_equal_shares():
+    policies = {"ladder": [{"actor": name} for name in "abcd"], "medium": {"actor": "m"}, "expert": {"actor": "e"}}
+    assert collect.behaviour_schedule("medium-replay", policies, 10) == [(None, 2), ("b", 3), ("c", 3), ("d", 2)]
+    assert collect.behaviour_schedule("medium-expert", policies, 10) == [("m", 5), ("e", 5)]
+    assert collect.behaviour_schedule("random", {}, 10) == [(None, 10)]

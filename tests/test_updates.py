@@ -1,0 +1,208 @@
+"""Each update on small networks: what it writes and what it leaves alone, where it converges, compiled against eager."""
+
+import math
+from copy import deepcopy
+
+import collect
+import cql
+import o2o_sac
+import pytest
+import torch
+
+OBS, ACT, BATCH = 4, 2, 32
+
+
+def small_nets(act_dim=ACT, hidden=(16, 16), seed=0):
+    torch.manual_seed(seed)
+    stats = torch.zeros(OBS), torch.ones(OBS)
+    actor = o2o_sac.SquashedGaussianActor(*stats, act_dim, hidden)
+    torch.nn.init.normal_(actor.net[-1].weight, std=0.5)
+    critics = o2o_sac.Critics(*stats, act_dim, hidden, layer_norm=True)
+    nets = {"actor": actor, "behaviour": deepcopy(actor), "reference": deepcopy(actor)}
+    nets |= {"critics": critics, "targets": deepcopy(critics)}
+    return nets | {"log_alpha": o2o_sac.Scalar(math.log(0.2)), "log_multiplier": o2o_sac.Scalar(0.0)}
+
+
+def sac_updates(nets, act_dim=ACT, lr=1e-3, **changes):
+    args = o2o_sac.Args(**changes)
+    o2o_sac.fill_defaults(args)
+    optimizers = {key: o2o_sac.Adam(nets[key].parameters(), lr) for key in ("actor", "critics", "log_alpha")}
+    return o2o_sac.make_updates(args, nets, optimizers, OBS, act_dim)
+
+
+def batch(seed, act_dim=ACT, size=BATCH):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(size, 2 * OBS + act_dim + 2, generator=generator)
+    rows[:, OBS : OBS + act_dim].tanh_()
+    rows[:, -1] = (rows[:, -1] > 1).float()
+    return rows, torch.randn(2, size, act_dim, generator=generator)
+
+
+def flat(net):
+    return torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
+
+
+def cql_parts(**changes):
+    args = cql.Args(cql_actions=3, **changes)
+    torch.manual_seed(0)
+    stats = torch.zeros(OBS), torch.ones(OBS)
+    nets = {"actor": cql.SquashedGaussianActor(*stats, ACT, (16, 16)), "critics": cql.CqlCritics(*stats, ACT, (16, 16))}
+    nets |= {"targets": deepcopy(nets["critics"]), "log_alpha": cql.Scalar(0.0), "log_weight": cql.Scalar(0.0)}
+    _, update = cql.make_update(args, nets, OBS, ACT)
+    return nets, update
+
+
+STAGES = {
+    "reevaluate": (0, {"critics", "targets"}),
+    "align": (1, {"critics", "actor"}),
+    "finetune": (2, {"critics", "targets", "actor", "log_alpha"}),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_writes_its_networks_and_no_others(stage):
+    index, written = STAGES[stage]
+    nets = small_nets()
+    update = sac_updates(nets)[index]
+    before = {key: flat(net) for key, net in nets.items()}
+    rows, noise = batch(1)
+    update(*((rows, noise, torch.tensor(1.0)) if stage == "finetune" else (rows, noise)))
+    changed = {key for key, net in nets.items() if not torch.equal(before[key], flat(net))}
+    assert changed == written
+
+
+def test_cql_writes_all_its_networks_and_the_lagrange_weight_only_with_lagrange():
+    for lagrange in (False, True):
+        nets, update = cql_parts(lagrange=lagrange, max_backup=lagrange)
+        before = {key: flat(net) for key, net in nets.items()}
+        update(batch(1)[0], torch.randn(10, BATCH, ACT))
+        changed = {key for key, net in nets.items() if not torch.equal(before[key], flat(net))}
+        assert changed == {"actor", "critics", "targets", "log_alpha"} | ({"log_weight"} if lagrange else set())
+
+
+def test_cql_pushes_the_policys_actions_below_the_datas():
+    nets, update = cql_parts(cql_alpha=10.0, gamma=0.0)
+    for step in range(200):
+        rows, _ = batch(step)
+        rows[:, OBS : OBS + ACT] = 0.5
+        rows[:, OBS + ACT] = 0.0
+        update(rows, torch.randn(10, BATCH, ACT))
+    obs = torch.randn(64, OBS)
+    data, other = nets["critics"](obs, torch.full((64, ACT), 0.5)), nets["critics"](obs, torch.full((64, ACT), -0.5))
+    assert (data - other).mean() > 0.5
+
+
+def test_reevaluation_finds_the_value_of_a_known_process():
+    """Reward 1 and no end: Q = 1 + gamma V, V = (1 + alpha H) / (1 - gamma) with the policy's entropy H."""
+    nets, gamma, alpha = small_nets(), 0.8, 0.2
+    for parameter in nets["behaviour"].parameters():
+        torch.nn.init.zeros_(parameter)  # the same action distribution in every state
+    reevaluate = sac_updates(nets, gamma=gamma, tau=0.05, alpha=alpha)[0]
+    for step in range(600):
+        rows, noise = batch(step)
+        rows[:, OBS + ACT], rows[:, -1] = 1.0, 0.0
+        reevaluate(rows, noise)
+    obs = torch.randn(4096, OBS)
+    action, log_prob, _ = nets["behaviour"].sample(obs, torch.randn(4096, ACT))
+    value = (1 - alpha * log_prob.mean()) / (1 - gamma)
+    assert nets["critics"](obs, action).mean().item() == pytest.approx((1 + gamma * value).item() - 0, rel=0.05)
+
+
+class KnownQ(torch.nn.Module):
+    """A stand-in for two re-evaluated critics with a known value of each action."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, obs, action):
+        return torch.stack([self.value(action[:, 0]), self.value(action[:, 0]) + 1])
+
+
+def align_one_state(value, alpha=0.2):
+    """Aligns a small critic with a policy whose mode is 0, in one state. -> for a grid of actions: the old and the new
+    value, log pi_off, and the weights of the integral over actions."""
+    nets = small_nets(act_dim=1, hidden=(64, 64))
+    for key in ("behaviour", "actor", "reference"):
+        for parameter in nets[key].parameters():
+            torch.nn.init.zeros_(parameter)
+    nets["targets"] = KnownQ(value)
+    align = sac_updates(nets, act_dim=1, alpha=alpha)[1]
+    for step in range(1000):
+        align(torch.zeros(256, 2 * OBS + 3), batch(step, act_dim=1, size=256)[1])
+    u = torch.linspace(-2.0, 2.0, 4001).unsqueeze(1)
+    obs, action = torch.zeros(len(u), OBS), torch.tanh(u)
+    with torch.no_grad():
+        log_prob = o2o_sac.squashed_log_prob(*nets["behaviour"](obs), u)
+        q_old, q_new = nets["targets"](obs, action).amin(0), nets["critics"](obs, action).amin(0)
+    return action[:, 0], q_old, q_new, log_prob, (1 - action[:, 0] ** 2) * (u[1, 0] - u[0, 0])
+
+
+def test_aligned_soft_value_lies_between_that_of_the_policy_and_that_of_its_mode():
+    """V_fqe <= V_align <= V_mode, by numerical integration, for a critic that agrees with the policy's preference."""
+    alpha = 0.2
+    _, q_old, q_new, log_prob, weight = align_one_state(lambda a: 5 - 3 * a**2, alpha)
+    v_fqe = (log_prob.exp() * (q_old - alpha * log_prob) * weight).sum()
+    v_align = alpha * torch.logsumexp(q_new / alpha + weight.log(), 0)
+    v_mode = q_old[2000] - alpha * log_prob[2000]
+    assert v_fqe - 0.05 <= v_align <= v_mode + 0.05
+
+
+def test_alignment_makes_the_policys_mode_the_best_action_without_changing_its_value():
+    """A critic that prefers 0.5 to the mode 0. (V_fqe <= V_align does not hold for such a critic: it is lowered to at
+    most V_mode, which may be less than V_fqe. The upper bound holds for every critic.)"""
+    alpha = 0.2
+    action, q_old, q_new, log_prob, weight = align_one_state(lambda a: 5 - 2 * (a - 0.5).abs(), alpha)
+    assert abs(action[q_old.argmax()] - 0.5) < 0.01
+    assert abs(action[q_new.argmax()]) < 0.2
+    assert q_new[2000].item() == pytest.approx(q_old[2000].item(), abs=0.1)
+    v_align = alpha * torch.logsumexp(q_new / alpha + weight.log(), 0)
+    assert v_align <= q_old[2000] - alpha * log_prob[2000] + 0.1
+
+
+def test_a_violated_constraint_raises_the_penalty_and_pulls_the_actor_back():
+    def divergence(multiplier):
+        nets = small_nets()
+        for parameter in nets["reference"].parameters():
+            torch.nn.init.zeros_(parameter)
+        finetune = sac_updates(nets)[2]
+        for step in range(150):
+            _, f = finetune(*batch(step), torch.tensor(multiplier))
+        return f.mean().item()
+
+    assert divergence(50.0) < 0.5 * divergence(0.0)
+
+
+def run_updates(name, compiled):
+    """Parameters after three updates."""
+    if name == "cql":
+        nets, update = cql_parts(lagrange=True, max_backup=True, clip_gap=-200.0)
+        update = cql.compile_update(update, compiled)
+        for step in range(3):
+            update(batch(step)[0], torch.randn(10, BATCH, ACT, generator=torch.Generator().manual_seed(step)))
+    elif name == "behaviour":
+        torch.manual_seed(0)
+        nets, _, update = collect.make_sac(OBS, ACT, "cpu")
+        update = collect.compile_update(update, compiled)
+        for step in range(3):
+            update(*batch(step))
+    elif name == "fit":
+        nets = small_nets()
+        teacher = small_nets(seed=1)["actor"]
+        fit = o2o_sac.fit_update(teacher, nets["actor"], o2o_sac.Adam(nets["actor"].parameters(), 1e-3))
+        fit = o2o_sac.compile_update(fit, compiled)
+        for step in range(3):
+            fit(*batch(step))
+    else:
+        nets = small_nets()
+        update = o2o_sac.compile_update(sac_updates(nets)[STAGES[name][0]], compiled)
+        for step in range(3):
+            update(*batch(step), *([torch.tensor(0.7)] if name == "finetune" else []))
+    return {key: flat(net) for key, net in nets.items()}
+
+
+@pytest.mark.parametrize("name", ["reevaluate", "align", "finetune", "fit", "cql", "behaviour"])
+def test_compiled_equals_eager(name):
+    eager, compiled = run_updates(name, False), run_updates(name, True)
+    for key in eager:
+        torch.testing.assert_close(compiled[key], eager[key], rtol=1e-3, atol=2e-5)
