@@ -11,9 +11,8 @@ the first updates destroy the policy. Three stages remove them; only the offline
   3 finetune    SAC online, under KL(pi || pi_ref) < limit(t), by a Lagrangian      td_target,          Section 4.3
                 whose multiplier is learned; the limit grows, pi_ref improves       multiplier_loss
 
-    python o2o_sac.py --env-id hopper-medium-v2                 makes the dataset, then all three stages, on a CPU
-    python o2o_sac.py --env-id hopper-medium-v2 --reevaluation-steps 500000 --alignment-steps 500000 \
-        --online-steps 100000                                   the paper's budget
+    python o2o_sac.py --env-id hopper-medium-v2  # makes the dataset, then all three stages
+    python o2o_sac.py --reevaluation-steps 500000 --alignment-steps 500000 --online-steps 100000  # the paper's budget
 
 Differs from the released code: evaluation has environments and seeds of its own (there it runs in the training
 environment in mid-episode); the critics are stacked in one batched matmul. Same as there, not in the paper: the
@@ -383,7 +382,7 @@ def load_policy(path, env_id, obs_dim, act_dim, std):
     try:
         policy.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"the weights in {path} do not fit a {kind} policy of {act_dim} actions") from error
+        raise UserError(f"the weights in {path} do not fit a {kind} policy with {act_dim} actions") from error
     if len(state["obs_mean"]) != obs_dim:
         raise UserError(f"{path} expects {len(state['obs_mean'])} observations, the data have {obs_dim}")
     return policy.requires_grad_(False), saved
@@ -578,7 +577,7 @@ def train_offline(run, args, stage, steps, update, rows, act_dim, check):
         step, counted, seconds = start + count, counted + count, seconds + time.time() - clock
         progress["step"] = step
         if step % args.eval_every_updates == 0 or step == steps:
-            values = {key: float(value) for key, value in values.items()} | check(step)
+            values = run.finite(stage, step, values) | check(step)
             progress["updates_per_second"][stage] = values["updates_per_second"] = counted / seconds
             report(run, stage, step, values)
             run.save()
@@ -645,6 +644,8 @@ def train_online(run, args, update, data, device, score_of):
         progress["step"] = progress["online_steps"] = step
         if step % args.eval_every and step != args.online_steps:
             continue
+        row = run.finite("online", step, values)
+        row |= {"kl_limit": kl_limit(args, step), "multiplier": log_multiplier.exp().item() * args.constrain}
         scores, eval_steps = score_of(nets["actor"], 3, step)
         progress["scores"].append([step, scores["score"]])
         if args.reference == "best":
@@ -655,8 +656,6 @@ def train_online(run, args, update, data, device, score_of):
             renew = len(progress["scores"]) % args.reference_every == 0
         if renew:
             nets["reference"].load_state_dict(nets["actor"].state_dict())
-        row = {key: float(value) for key, value in values.items()}
-        row |= {"kl_limit": kl_limit(args, step), "multiplier": log_multiplier.exp().item() * args.constrain}
         if counted:
             progress["updates_per_second"]["online"] = row["updates_per_second"] = counted / seconds
         report(run, "online", step, scores | row)
@@ -846,8 +845,8 @@ def load_file(path, device):
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is incomplete or no checkpoint of ours ({str(error).splitlines()[0]})") from error
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is incomplete or no checkpoint of ours ({type(error).__name__})") from error
 
 
 def versions():
@@ -900,12 +899,19 @@ class Run:
         position = {"metrics_bytes": self.metrics.tell(), "seconds": time.time() - self.started}
         save_file({**state, **position}, self.dir / "resume.pt")
 
-    def log(self, stage, step, values):
-        """One row of metrics.jsonl. Raises UserError if a value is not finite; resume.pt stays the last good state."""
-        values = {f"{stage}/{key}": float(value) for key, value in values.items()}
+    def finite(self, stage, step, values):
+        """-> `values` as plain numbers. Raises UserError if one is not finite; resume.pt keeps the last good state."""
+        values = {key: float(value) for key, value in values.items()}
         for key, value in values.items():
             if not math.isfinite(value):
-                raise UserError(f"{key} is not finite at step {step}; {self.dir}/resume.pt keeps the last good state")
+                message = f"{stage}/{key} is not finite at step {step}; {self.dir}/resume.pt keeps the last good state"
+                raise UserError(f"{message}, lower the learning rates or check the data")
+        return values
+
+    def log(self, stage, step, values):
+        """One row of metrics.jsonl."""
+        values = {f"{stage}/{key}": value for key, value in self.finite(stage, step, values).items()}
+        for key, value in values.items():
             self.board.add_scalar(key, value, step)
         self.metrics.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
         self.metrics.flush()

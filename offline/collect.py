@@ -1,7 +1,7 @@
 """Makes the datasets behind the D4RL task names, on this machine, without a download.
 
-    python offline/collect.py --env-id hopper-medium-v2           makes `o2o/hopper-medium-v2` in the local Minari store
-    python offline/collect.py --env-id hopper-medium-v2 --train   trains the behaviour policies of hopper (SAC), hours
+    python offline/collect.py --env-id hopper-medium-v2  # makes `o2o/hopper-medium-v2` in the local Minari store
+    python offline/collect.py --env-id hopper-medium-v2 --train  # trains the behaviour policies of hopper (SAC)
 
 D4RL's protocol (Fu et al. 2020, arXiv 2004.07219) on gymnasium's v5 environments:
   random          uniform actions
@@ -547,8 +547,8 @@ def load_file(path, device):
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is incomplete or no checkpoint of ours ({str(error).splitlines()[0]})") from error
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is incomplete or no checkpoint of ours ({type(error).__name__})") from error
 
 
 def versions():
@@ -601,12 +601,19 @@ class Run:
         position = {"metrics_bytes": self.metrics.tell(), "seconds": time.time() - self.started}
         save_file({**state, **position}, self.dir / "resume.pt")
 
-    def log(self, stage, step, values):
-        """One row of metrics.jsonl. Raises UserError if a value is not finite; resume.pt stays the last good state."""
-        values = {f"{stage}/{key}": float(value) for key, value in values.items()}
+    def finite(self, stage, step, values):
+        """-> `values` as plain numbers. Raises UserError if one is not finite; resume.pt keeps the last good state."""
+        values = {key: float(value) for key, value in values.items()}
         for key, value in values.items():
             if not math.isfinite(value):
-                raise UserError(f"{key} is not finite at step {step}; {self.dir}/resume.pt keeps the last good state")
+                message = f"{stage}/{key} is not finite at step {step}; {self.dir}/resume.pt keeps the last good state"
+                raise UserError(f"{message}, lower the learning rates or check the data")
+        return values
+
+    def log(self, stage, step, values):
+        """One row of metrics.jsonl."""
+        values = {f"{stage}/{key}": value for key, value in self.finite(stage, step, values).items()}
+        for key, value in values.items():
             self.board.add_scalar(key, value, step)
         self.metrics.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
         self.metrics.flush()

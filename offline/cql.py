@@ -4,8 +4,8 @@ SAC on a fixed dataset whose critics are also pushed down on the actions that th
 that the data hold. Its policy is the default start of `o2o_sac.py`; its critics are pessimistic on purpose, so they are
 not saved with it.
 
-    python offline/cql.py --env-id hopper-medium-v2                                    paper scale: 1,000,000 updates
-    python offline/cql.py --env-id hopper-medium-v2 --updates 100000 --matmul-precision medium          an hour on a CPU
+    python offline/cql.py --env-id hopper-medium-v2  # the paper's 1,000,000 updates
+    python offline/cql.py --env-id hopper-medium-v2 --updates 100000 --matmul-precision medium  # an hour on a CPU
 
 Writes a run folder, and `offline/checkpoints/<env_id>/cql.pt`: policy, observation statistics, score.
 
@@ -505,8 +505,8 @@ def load_file(path, device):
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is incomplete or no checkpoint of ours ({str(error).splitlines()[0]})") from error
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is incomplete or no checkpoint of ours ({type(error).__name__})") from error
 
 
 def versions():
@@ -559,12 +559,19 @@ class Run:
         position = {"metrics_bytes": self.metrics.tell(), "seconds": time.time() - self.started}
         save_file({**state, **position}, self.dir / "resume.pt")
 
-    def log(self, stage, step, values):
-        """One row of metrics.jsonl. Raises UserError if a value is not finite; resume.pt stays the last good state."""
-        values = {f"{stage}/{key}": float(value) for key, value in values.items()}
+    def finite(self, stage, step, values):
+        """-> `values` as plain numbers. Raises UserError if one is not finite; resume.pt keeps the last good state."""
+        values = {key: float(value) for key, value in values.items()}
         for key, value in values.items():
             if not math.isfinite(value):
-                raise UserError(f"{key} is not finite at step {step}; {self.dir}/resume.pt keeps the last good state")
+                message = f"{stage}/{key} is not finite at step {step}; {self.dir}/resume.pt keeps the last good state"
+                raise UserError(f"{message}, lower the learning rates or check the data")
+        return values
+
+    def log(self, stage, step, values):
+        """One row of metrics.jsonl."""
+        values = {f"{stage}/{key}": value for key, value in self.finite(stage, step, values).items()}
+        for key, value in values.items():
             self.board.add_scalar(key, value, step)
         self.metrics.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
         self.metrics.flush()
@@ -651,7 +658,7 @@ def main(args: Args):
         counted += 1
         if step % args.eval_every and step != args.updates:
             continue
-        values = {key: float(value) for key, value in values.items()}
+        values = run.finite("offline", step, values)
         values["updates_per_second"] = counted / (time.time() - clock)
         seed = 10_000_000 * args.seed + step * args.eval_episodes
         mean_return, _, _ = evaluate(mode_of(actor), envs, seed, device)

@@ -4,11 +4,12 @@ import math
 
 import collect
 import cql
-import o2o_sac
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+import o2o_sac
 
 
 def tensor(*values):

@@ -1,13 +1,14 @@
-"""Each update on small networks: what it writes and what it leaves alone, where it converges, compiled against eager."""
+"""Each update on small networks: what it writes and leaves alone, where it converges, compiled against eager."""
 
 import math
 from copy import deepcopy
 
 import collect
 import cql
-import o2o_sac
 import pytest
 import torch
+
+import o2o_sac
 
 OBS, ACT, BATCH = 4, 2, 32
 

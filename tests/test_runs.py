@@ -1,0 +1,260 @@
+"""Whole runs on a tiny dataset: the run folder, what counts, what does not change the numbers, kill and resume."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+
+import cql
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import o2o_sac
+
+
+def weights(run_dir, part="nets"):
+    saved = torch.load(run_dir / "resume.pt", weights_only=True)
+    return {f"{key}.{name}": v for key, state in saved[part].items() for name, v in state.items() if torch.is_tensor(v)}
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys() and one
+    for key in one:
+        assert torch.equal(one[key], other[key]), key
+
+
+def metrics(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_everything_it_promises(tiny, tmp_path):
+    summary = o2o_sac.main(tiny())
+    run = tmp_path / "run"
+    assert {"args.json", "metrics.jsonl", "summary.json", "curve.png", "model.pt", "resume.pt"} <= set(os.listdir(run))
+    assert summary == json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "complete" and summary["online_steps"] == 12
+    assert [step for step, _ in summary["scores"]] == [4, 8, 12]
+    scores = [score for _, score in summary["scores"]]
+    assert summary["final_score"] == pytest.approx(np.mean(scores)) and summary["best_score"] == max(scores)
+    assert summary["initial_drop"] == pytest.approx(summary["offline_score"] - scores[0])
+    assert summary["fitted_score"] is None and summary["aligned_score"] is not None
+    assert set(summary["updates_per_second"]) == {"reevaluate", "align", "online"}
+    assert summary["selection_steps"] > 0
+    rows = metrics(run)
+    assert [(row["stage"], row["step"]) for row in rows] == [
+        *(("reevaluate", step) for step in (4,)),
+        *(("align", step) for step in (4,)),
+        *(("online", step) for step in (4, 8, 12)),
+    ]
+    assert "online/multiplier" in rows[-1] and "online/kl" in rows[-1]
+    model = torch.load(run / "model.pt", weights_only=True)
+    assert model["algorithm"] == "o2o_sac" and model["format"] == 1 and model["step"] == 12
+    policy, _ = o2o_sac.load_policy(run / "model.pt", "hopper-medium-v2", 11, 3, 0.1)  # a source for the next run
+    assert policy.mode(torch.zeros(2, 11)).shape == (2, 3)
+
+
+def test_same_seed_same_numbers_another_seed_others(tiny, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        o2o_sac.main(tiny(run_dir=str(tmp_path / name), seed=seed))
+    assert_same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    different = weights(tmp_path / "c")
+    assert any(not torch.equal(value, different[key]) for key, value in weights(tmp_path / "a").items())
+
+
+def test_evaluating_more_often_changes_no_training_number(tiny, tmp_path):
+    for name, every in (("often", 2), ("once", 12)):
+        args = tiny(run_dir=str(tmp_path / name), eval_every=every, eval_every_updates=every, reference="interval")
+        args.reference_every = 100
+        o2o_sac.main(args)
+    assert_same(weights(tmp_path / "often"), weights(tmp_path / "once"))
+    assert json.loads((tmp_path / "once/summary.json").read_text())["selection_steps"] == 0
+
+
+class Recorder(gym.Wrapper):
+    def __init__(self, env, log):
+        super().__init__(env)
+        self.log = log
+
+    def step(self, action):
+        before = self.env.unwrapped._get_obs()
+        result = self.env.step(action)
+        self.log.append((before, np.array(action), *result[:3]))
+        return result
+
+
+def test_the_buffer_holds_what_the_environment_saw(tiny, tmp_path, monkeypatch):
+    log, made, real = [], [], o2o_sac.load_dataset
+
+    def load(*args):
+        data = real(*args)
+
+        def make_env(**kwargs):
+            made.append(1)
+            return Recorder(data.make_env(**kwargs), log) if len(made) == 2 else data.make_env(**kwargs)
+
+        return data._replace(make_env=make_env)  # the first is for evaluation, the second trains
+
+    monkeypatch.setattr(o2o_sac, "load_dataset", load)
+    o2o_sac.main(tiny(online_steps=60, eval_every=60, warm_up=50))
+    online = torch.load(tmp_path / "run/resume.pt", weights_only=True)
+    assert online["progress"]["stage"] == "done"
+    saved = {}
+    monkeypatch.setattr(o2o_sac.Run, "save", lambda self, **extra: saved.update(extra))
+    log.clear()
+    made.clear()
+    o2o_sac.main(tiny(online_steps=60, eval_every=60, warm_up=50, run_dir=str(tmp_path / "again")))
+    obs, action, reward, next_obs, terminated = o2o_sac.split(saved["online"], 11, 3)
+    assert len(log) == len(saved["online"]) == 60
+    np.testing.assert_allclose(action, np.stack([row[1] for row in log]), rtol=1e-6)
+    np.testing.assert_allclose(obs, np.stack([row[0] for row in log]), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(next_obs, np.stack([row[2] for row in log]), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(reward, [row[3] for row in log], rtol=1e-5)
+    assert terminated.tolist() == [float(row[4]) for row in log]
+
+
+@pytest.mark.parametrize(
+    ("switch", "skipped"), [("reevaluate", "reevaluate"), ("align", "align"), ("constrain", None)]
+)  # fmt: skip
+def test_ablations(tiny, tmp_path, switch, skipped):
+    o2o_sac.main(tiny(**{switch: False}))
+    rows = metrics(tmp_path / "run")
+    assert skipped not in {row["stage"] for row in rows}
+    assert (rows[-1]["online/multiplier"] == 0) == (switch == "constrain")
+
+
+@pytest.mark.parametrize("use", ["all", "none", "part"])
+def test_uses_of_the_offline_data(tiny, tmp_path, use):
+    assert o2o_sac.main(tiny(offline_data=use))["status"] == "complete"
+
+
+def test_the_reference_is_renewed_only_by_a_better_policy_or_at_intervals(tiny, tmp_path, monkeypatch):
+    def reference_equals_actor(scores, **changes):
+        """Runs with these scores of the modes: offline, aligned twice (in the stage, at its end), then online."""
+        left = list(scores)
+
+        def scripted(policy, envs, seed, device, gamma=1.0, alpha=0.0):
+            if alpha:
+                return 0.0, 0.0, 1
+            return 3234.3 * left.pop(0), 0.0, 1
+
+        monkeypatch.setattr(o2o_sac, "evaluate", scripted)
+        run_dir = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        summary = o2o_sac.main(tiny(run_dir=str(run_dir), online_steps=4, warm_up=0, **changes))
+        saved = torch.load(run_dir / "resume.pt", weights_only=True)["nets"]
+        same = all(torch.equal(saved["reference"][key], value) for key, value in saved["actor"].items())
+        return same, summary["selection_steps"]
+
+    assert reference_equals_actor([0.5, 0.1, 0.1, 0.9]) == (True, 2)
+    assert reference_equals_actor([0.5, 0.1, 0.1, 0.4]) == (False, 2)
+    assert reference_equals_actor([0.5, 0.1, 0.1, 0.4], reference="interval", reference_every=1) == (True, 0)
+    assert reference_equals_actor([0.5, 0.1, 0.1, 0.9], reference="interval", reference_every=2) == (False, 0)
+
+
+def test_another_policy_class_is_fitted(tiny, tmp_path, checkpoint):
+    """A TD3+BC-like and an IQL-like checkpoint; with enough updates the fitted mode is the teacher's."""
+    saved = torch.load(checkpoint, weights_only=True)
+    for kind in ("deterministic", "tanh_gaussian"):
+        torch.manual_seed(0)
+        stats = saved["actor"]["obs_mean"], saved["actor"]["obs_std"]
+        teacher = o2o_sac.MeanPolicy(*stats, 3, (16, 16), std=0.1)
+        torch.nn.init.normal_(teacher.net[-1].weight, std=0.3)
+        state = {key: v for key, v in teacher.state_dict().items() if kind == "tanh_gaussian" or key != "log_std"}
+        path = tmp_path / f"{kind}.pt"
+        policy = {"kind": kind, "hidden": [16, 16]}
+        torch.save({**saved, "algorithm": kind, "policy": policy, "actor": state}, path)
+        args = tiny(checkpoint=str(path), run_dir=str(tmp_path / kind), fit_steps=800, batch_size=64, online_steps=4)
+        summary = o2o_sac.main(args)
+        assert summary["fitted_score"] is not None
+        obs = o2o_sac.load_dataset("hopper-medium-v2").rows[:500, :11]
+        student = o2o_sac.SquashedGaussianActor(*stats, 3, (256, 256, 256))
+        nets = torch.load(tmp_path / kind / "resume.pt", weights_only=True)["nets"]
+        student.load_state_dict(nets["behaviour"])
+        assert (student.mode(obs) - teacher.mode(obs)).abs().mean() < 0.06
+
+
+def command_line(module, args):
+    """argv that gives `args` to a script."""
+    argv = [sys.executable, str(ROOT / f"{module}.py")]
+    for key, value in asdict(args).items():
+        flag = "--" + key.replace("_", "-")
+        if isinstance(value, bool):
+            argv.append(flag if value else flag.replace("--", "--no-", 1))
+        elif value is not None:
+            argv += [flag, str(value)]
+    return argv
+
+
+@pytest.mark.parametrize("stage", ["align", "online"])
+def test_kill_and_resume_equals_uninterrupted(tiny, tmp_path, stage):
+    """A real SIGKILL at an arbitrary moment of a stage, then --resume."""
+    settings = {"reevaluation_steps": 200, "alignment_steps": 300, "online_steps": 150, "eval_every": 25}
+    settings |= {"eval_every_updates": 100}
+    o2o_sac.main(tiny(run_dir=str(tmp_path / "whole"), **settings))
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        command_line("o2o_sac", tiny(run_dir=str(killed), **settings)), stdout=subprocess.DEVNULL
+    )
+    deadline = time.time() + 120
+    while not ((killed / "metrics.jsonl").exists() and any(row["stage"] == stage for row in metrics(killed))):
+        assert process.poll() is None and time.time() < deadline, "the run ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "summary.json").exists()
+    resumed = subprocess.run(
+        [sys.executable, ROOT / "o2o_sac.py", "--resume", killed], capture_output=True, text=True, check=False
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same(weights(tmp_path / "whole"), weights(killed))
+    drop_times = lambda row: {key: v for key, v in row.items() if "per_second" not in key}  # noqa: E731
+    assert [drop_times(row) for row in metrics(killed)] == [drop_times(row) for row in metrics(tmp_path / "whole")]
+    summary = json.loads((killed / "summary.json").read_text())
+    assert summary["scores"] == json.loads((tmp_path / "whole/summary.json").read_text())["scores"]
+
+
+def test_interrupting_writes_a_summary(tiny, tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(o2o_sac, "train_online", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        o2o_sac.main(tiny())
+    assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "interrupted"
+
+
+def test_cql_resumes_exactly(tmp_path):
+    def args(name, **changes):
+        files = {"output": str(tmp_path / f"{name}.pt"), "run_dir": str(tmp_path / name)}
+        return cql.Args(
+            **{"updates": 6, "eval_every": 3, "eval_episodes": 1, "batch_size": 8, "compile": False} | files | changes
+        )
+
+    cql.main(args("whole"))
+    cql.main(args("cut", updates=3))
+    cql.main(args("cut", resume=str(tmp_path / "cut"), output=str(tmp_path / "rest.pt")))
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert [row["step"] for row in metrics(tmp_path / "cut")] == [3, 6]
+    saved = torch.load(tmp_path / "rest.pt", weights_only=True)
+    assert saved["algorithm"] == "cql" and saved["step"] == 6 and saved["policy"]["kind"] == "squashed_gaussian"
+
+
+def test_the_state_of_the_environment_survives_a_save():
+    env, twin = gym.make("Hopper-v5"), gym.make("Hopper-v5")
+    env.reset(seed=3)
+    twin.reset(seed=4)
+    rng = np.random.default_rng(0)
+    for _ in range(7):
+        env.step(rng.uniform(-1, 1, 3))
+    o2o_sac.set_env_state(twin, o2o_sac.env_state(env))
+    for _ in range(60):
+        action = rng.uniform(-1, 1, 3)
+        mine, theirs = env.step(action), twin.step(action)
+        assert np.array_equal(mine[0], theirs[0]) and mine[1:4] == theirs[1:4]
+        if mine[2]:
+            assert np.array_equal(env.reset()[0], twin.reset()[0])

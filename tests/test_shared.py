@@ -1,0 +1,97 @@
+"""Copies stay copies, flags are used, documented commands run."""
+
+import ast
+import importlib
+import re
+import shlex
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import tyro
+from conftest import ROOT
+
+SCRIPTS = sorted([*ROOT.glob("*.py"), *ROOT.glob("offline/*.py")])
+BLOCK = re.compile(r"^# shared: (\w+)\n(.*?)^# end shared$", re.M | re.S)
+
+
+def test_shared_blocks_are_identical():
+    copies = defaultdict(lambda: defaultdict(list))  # name -> text -> files
+    for path in SCRIPTS:
+        text = path.read_text()
+        assert text.count("\n# shared: ") == len(BLOCK.findall(text)), f"{path.name}: a marker is not closed"
+        for name, block in BLOCK.findall(text):
+            copies[name][block].append(path.name)
+    assert copies, "no shared block found"
+    for name, versions in copies.items():
+        assert len(versions) == 1, f"{name} has drifted: {list(versions.values())}"
+
+
+def test_nothing_from_a_shared_block_is_defined_elsewhere():
+    shared = {
+        node.name
+        for path in SCRIPTS
+        for _, block in BLOCK.findall(path.read_text())
+        for node in ast.parse(block).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
+    assert "UserError" in shared
+    for path in SCRIPTS:
+        own = ast.parse(BLOCK.sub("", path.read_text())).body
+        names = {node.name for node in own if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        assert not names & shared, f"{path.name} has its own version of {names & shared}"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_every_flag_is_read_and_no_script_imports_another(path):
+    tree = ast.parse(path.read_text())
+    fields = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args").body
+    names = {node.target.id for node in fields if isinstance(node, ast.AnnAssign)}
+    read = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
+    }
+    assert names == names & read, f"never read: {names - read}"
+    ours = {script.stem for script in SCRIPTS}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            modules = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            assert not {str(module).split(".")[0] for module in modules} & (ours | {"offline", "tests"})
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_help_explains_every_flag(path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    module = importlib.import_module(path.stem)
+    with pytest.raises(SystemExit):
+        tyro.cli(module.Args, args=["--help"])
+    text = capsys.readouterr().out
+    for line in text.splitlines():
+        if line.startswith("│ --"):
+            explanation = re.sub(r"\(default: .*?\)|\(repeatable\)|--[\w-]+|\{.*?\}|[A-Z|]{3,}|│", "", line)
+            assert len(explanation.strip(" ,|")) > 3, f"{path.name}: {line}"
+
+
+def documented_commands():
+    """(where, script, arguments) of every `python ....py` in the README and in the scripts' docstrings."""
+    readme = "\n".join(re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S))
+    texts = {"README.md": readme} | {path.name: ast.get_docstring(ast.parse(path.read_text())) for path in SCRIPTS}
+    for where, text in texts.items():
+        for line in text.replace("\\\n", " ").splitlines():
+            for part in re.split(r"&&|;", line):
+                match = re.match(r"\s*(?:[A-Z_]+=\S+ )*(?:\S*/)?python (\S+\.py)(.*)", part)
+                if match:
+                    yield where, match[1], shlex.split(match[2], comments=True)
+
+
+def test_documented_commands_parse():
+    commands = list(documented_commands())
+    assert len(commands) > 10
+    for where, script, argv in commands:
+        assert (ROOT / script).exists(), f"{where}: {script} does not exist"
+        if not script.startswith("results/"):
+            try:
+                tyro.cli(importlib.import_module(Path(script).stem).Args, args=argv)
+            except SystemExit:
+                pytest.fail(f"{where}: python {script} {shlex.join(argv)}")
