@@ -1,0 +1,274 @@
+"""Updates per second of every update of every script, against the plain version of the same update.
+
+    python results/speed.py  # 1 and 2 threads, each precision, eager and compiled; writes results/speed.md
+
+Plain is how most code bases write it: separate critics, torch.optim, loss.backward(), eager, float32. All numbers come
+from one run on random data of Hopper's sizes (11 observations, 3 actions, batch 256), so only their ratios say
+something about another machine. Each row starts a process of its own: threads and precision are global settings.
+"""
+
+import importlib
+import itertools
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "offline")]
+OBS, ACT, BATCH = 11, 3, 256
+UPDATES = ("sac", "cql", "o2o_sac reevaluate", "o2o_sac align", "o2o_sac finetune")
+SECONDS = 4.0
+
+
+def mlp(inputs, outputs, layers, layer_norm=False):
+    sizes = [inputs] + [256] * layers
+    norm = [nn.LayerNorm(256)] if layer_norm else []
+    blocks = [m for i, o in itertools.pairwise(sizes) for m in (nn.Linear(i, o), *deepcopy(norm), nn.ReLU())]
+    return nn.Sequential(*blocks, nn.Linear(256, outputs))
+
+
+def rows_and_noise(k):
+    rows = torch.randn(BATCH, 2 * OBS + ACT + 2)
+    rows[:, OBS : OBS + ACT].tanh_()
+    rows[:, -1] = (rows[:, -1] > 2).float()
+    return rows, torch.randn(k, BATCH, ACT)
+
+
+class Plain:
+    """SAC with separate critics: what the updates below share."""
+
+    def __init__(self, layers, layer_norm=False):
+        self.actor = mlp(OBS, 2 * ACT, layers)
+        self.behaviour, self.reference = deepcopy(self.actor), deepcopy(self.actor)
+        self.critics = [mlp(OBS + ACT, 1, layers, layer_norm) for _ in range(2)]
+        self.targets = deepcopy(self.critics)
+        self.log_alpha = nn.Parameter(torch.zeros(()))
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), 1e-4)
+        self.critic_optimizers = [torch.optim.Adam(critic.parameters(), 3e-4) for critic in self.critics]
+        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], 3e-4)
+
+    def policy(self, net, obs, noise=None, u=None):
+        """-> action, log_prob, u; of the given u if there is one, else of a sample."""
+        mean, log_std = net(obs).chunk(2, -1)
+        normal = torch.distributions.Normal(mean, (log_std - 1).clamp(-20, 2).exp())
+        u = normal.mean + normal.stddev * noise if u is None else u
+        return torch.tanh(u), (normal.log_prob(u) - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1), u
+
+    def q(self, critics, obs, action):
+        x = torch.cat([obs, action], -1)
+        return [critic(x).squeeze(-1) for critic in critics]
+
+    def step_critics(self, losses):
+        for loss, optimizer in zip(losses, self.critic_optimizers, strict=True):
+            optimizer.zero_grad()
+            loss.backward(retain_graph=False)
+            optimizer.step()
+
+    def step_actor(self, loss):
+        self.actor_optimizer.zero_grad()
+        loss.backward()
+        self.actor_optimizer.step()
+
+    def step_alpha(self, log_prob):
+        loss = -(self.log_alpha * (log_prob.detach() - ACT)).mean()
+        self.alpha_optimizer.zero_grad()
+        loss.backward()
+        self.alpha_optimizer.step()
+
+    def polyak(self):
+        for critic, target in zip(self.critics, self.targets, strict=True):
+            for parameter, slow in zip(critic.parameters(), target.parameters(), strict=True):
+                slow.data.copy_(0.005 * parameter.data + 0.995 * slow.data)
+
+
+def parts(rows):
+    obs, action, reward, next_obs, terminated = rows.split([OBS, ACT, 1, OBS, 1], -1)
+    return obs, action, reward.squeeze(-1), next_obs, terminated.squeeze(-1)
+
+
+def plain_sac(layers=2, layer_norm=False, constrained=False):
+    p = Plain(layers, layer_norm)
+
+    def update(rows, noise):
+        obs, action, reward, next_obs, terminated = parts(rows)
+        alpha = p.log_alpha.exp().detach()
+        with torch.no_grad():
+            next_action, next_log_prob, u = p.policy(p.actor, next_obs, noise[0])
+            value = torch.min(*p.q(p.targets, next_obs, next_action)) - alpha * next_log_prob
+            if constrained:
+                value -= next_log_prob - p.policy(p.reference, next_obs, u=u)[1].clamp(min=-50)
+            target = reward + 0.99 * (1 - terminated) * value
+        p.step_critics([F.mse_loss(q, target) for q in p.q(p.critics, obs, action)])
+        new_action, log_prob, u = p.policy(p.actor, obs, noise[1])
+        loss = alpha * log_prob - torch.min(*p.q(p.critics, obs, new_action))
+        if constrained:
+            loss = loss + log_prob - p.policy(p.reference, obs, u=u)[1].clamp(min=-50)
+        p.step_actor(loss.mean())
+        p.step_alpha(log_prob)
+        p.polyak()
+
+    return update
+
+
+def plain_reevaluate():
+    p = Plain(3, layer_norm=True)
+
+    def update(rows, noise):
+        obs, action, reward, next_obs, terminated = parts(rows)
+        with torch.no_grad():
+            next_action, next_log_prob, _ = p.policy(p.behaviour, next_obs, noise[0])
+            value = torch.min(*p.q(p.targets, next_obs, next_action)) - 0.2 * next_log_prob
+            target = reward + 0.99 * (1 - terminated) * value
+        p.step_critics([F.mse_loss(q, target) for q in p.q(p.critics, obs, action)])
+        p.polyak()
+
+    return update
+
+
+def plain_align():
+    p = Plain(3, layer_norm=True)
+
+    def update(rows, noise):
+        obs = parts(rows)[0]
+        with torch.no_grad():
+            action, _, u = p.policy(p.actor, obs, noise[0])
+            mode, log_prob_mode, _ = p.policy(p.behaviour, obs, torch.zeros_like(noise[0]))
+            log_prob = p.policy(p.behaviour, obs, u=u)[1]
+            q_mode = torch.min(*p.q(p.targets, obs, mode))
+            q = torch.min(*p.q(p.targets, obs, action))
+            target = torch.min(q_mode - 0.2 * (log_prob_mode - log_prob), q)
+        pairs = zip(p.q(p.critics, obs, action), p.q(p.critics, obs, mode), strict=True)
+        p.step_critics([F.mse_loss(a, target) + F.mse_loss(m, q_mode) for a, m in pairs])
+        new_action, new_log_prob, _ = p.policy(p.actor, obs, noise[1])
+        p.step_actor((0.2 * new_log_prob - torch.min(*p.q(p.critics, obs, new_action))).mean())
+
+    return update
+
+
+def plain_cql():
+    p, k = Plain(3), 10
+
+    def many(obs):
+        return obs.unsqueeze(1).expand(-1, k, -1).reshape(BATCH * k, OBS)
+
+    def update(rows, noise):
+        obs, action, reward, next_obs, terminated = parts(rows)
+        with torch.no_grad():
+            next_action = p.policy(p.actor, next_obs, noise[0])[0]
+            target = reward + 0.99 * (1 - terminated) * torch.min(*p.q(p.targets, next_obs, next_action))
+            flat = noise[: 3 * k].transpose(0, 1).reshape(BATCH, 3, k, ACT)
+            now, now_log_prob, _ = p.policy(p.actor, many(obs), flat[:, 0].reshape(-1, ACT))
+            then, then_log_prob, _ = p.policy(p.actor, many(next_obs), flat[:, 1].reshape(-1, ACT))
+            uniform = torch.empty(BATCH * k, ACT).uniform_(-1, 1)
+        sources = ((uniform, -ACT * math.log(2)), (now, now_log_prob), (then, then_log_prob))
+        scores = [[q - density for q in p.q(p.critics, many(obs), a)] for a, density in sources]
+        losses = []
+        for j, q in enumerate(p.q(p.critics, obs, action)):
+            candidates = torch.cat([score[j].view(BATCH, k) for score in scores], 1)
+            losses.append(F.mse_loss(q, target) + 10 * (torch.logsumexp(candidates, 1) - q).mean())
+        p.step_critics(losses)
+        alpha = p.log_alpha.exp().detach()
+        new_action, log_prob, _ = p.policy(p.actor, obs, noise[0])
+        p.step_actor((alpha * log_prob - torch.min(*p.q(p.critics, obs, new_action))).mean())
+        p.step_alpha(log_prob)
+        p.polyak()
+
+    return update
+
+
+def plain_update(name):
+    makers = {"sac": plain_sac, "cql": plain_cql, "o2o_sac reevaluate": plain_reevaluate, "o2o_sac align": plain_align}
+    return makers.get(name, lambda: plain_sac(3, layer_norm=True, constrained=True))()
+
+
+def our_update(name, compiled, precision):
+    script = importlib.import_module({"sac": "collect"}.get(name, name.split()[0]))
+    stats = torch.zeros(OBS), torch.ones(OBS)
+    if name == "sac":
+        _, _, update = script.make_sac(OBS, ACT, "cpu")
+    elif name == "cql":
+        nets = {"actor": script.SquashedGaussianActor(*stats, ACT, [256] * 3)}
+        nets |= {"critics": script.CqlCritics(*stats, ACT, [256] * 3), "log_alpha": script.Scalar(0.0)}
+        nets |= {"targets": deepcopy(nets["critics"]), "log_weight": script.Scalar(0.0)}
+        _, update = script.make_update(script.Args(matmul_precision=precision), nets, OBS, ACT)
+    else:
+        args = script.Args()
+        script.fill_defaults(args)
+        actor, critics = (
+            script.SquashedGaussianActor(*stats, ACT, [256] * 3),
+            script.Critics(*stats, ACT, [256] * 3, layer_norm=True),
+        )
+        nets = {"actor": actor, "behaviour": deepcopy(actor), "reference": deepcopy(actor), "critics": critics}
+        nets |= {"targets": deepcopy(critics), "log_alpha": script.Scalar(0.0)}
+        optimizers = {key: script.Adam(nets[key].parameters(), 3e-4) for key in ("actor", "critics", "log_alpha")}
+        stages = ("reevaluate", "align", "finetune")
+        update = script.make_updates(args, nets, optimizers, OBS, ACT)[stages.index(name.split()[1])]
+    update, multiplier = script.compile_update(update, compiled), torch.tensor(1.0)
+    return (lambda *batch: update(*batch, multiplier)) if name == "o2o_sac finetune" else update
+
+
+def measure(setting):
+    """Updates per second of one setting, the median of five stretches."""
+    torch.set_num_threads(setting.threads)
+    torch.set_float32_matmul_precision(setting.precision)
+    torch.manual_seed(0)
+    plain = setting.version == "plain"
+    update = (
+        plain_update(setting.name)
+        if plain
+        else our_update(setting.name, setting.version == "compiled", setting.precision)
+    )
+    batch = rows_and_noise(31)
+    for _ in range(3):
+        update(*batch)
+    rates = []
+    for _ in range(5):
+        count, start = 0, time.perf_counter()
+        while time.perf_counter() - start < SECONDS / 5:
+            update(*batch)
+            count += 1
+        rates.append(count / (time.perf_counter() - start))
+    return sorted(rates)[2]
+
+
+def main():
+    versions = [("plain", "highest"), ("eager", "highest"), ("compiled", "highest"), ("compiled", "medium")]
+    table, threads = {}, (1, 2)
+    for name, n, (version, precision) in itertools.product(UPDATES, threads, versions):
+        setting = json.dumps({"name": name, "threads": n, "version": version, "precision": precision})
+        done = subprocess.run([sys.executable, __file__, setting], capture_output=True, text=True, check=True)
+        table[name, n, version, precision] = float(done.stdout.split()[-1])
+        print(setting, f"{table[name, n, version, precision]:.1f}/s", flush=True)
+    lines = [
+        "# Updates per second",
+        "",
+        "Made by `python results/speed.py` in one run; batch 256, Hopper's sizes, random data. *Plain*: separate critics,",
+        "torch.optim, `loss.backward()`, eager, float32. *Factor*: compiled with bf16 matmul against plain, same threads.",
+        "",
+        f"{platform.processor() or platform.machine()}, {platform.system()}, torch {torch.__version__}.",
+        "",
+        "| update | threads | plain | ours, eager | compiled, fp32 | compiled, bf16 matmul | factor |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, n in itertools.product(UPDATES, threads):
+        rates = [table[name, n, *version] for version in versions]
+        cells = " | ".join(f"{rate:.0f}" if rate > 30 else f"{rate:.1f}" for rate in rates)
+        lines.append(f"| {name} | {n} | {cells} | {rates[3] / rates[0]:.1f} |")
+    (ROOT / "results/speed.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(measure(SimpleNamespace(**json.loads(sys.argv[1]))))
+    else:
+        main()
