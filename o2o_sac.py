@@ -83,7 +83,7 @@ class Args:
     offline_data: Literal["half", "all", "none", "part"] = "half"  # batches of stage 3: half offline and half
     # online; or from one buffer that starts with all the offline data, none of it, or its best 50 episodes
     eval_every: int = 1_000  # environment steps between evaluations
-    eval_every_updates: int = 5_000  # the same in stages 1 and 2, in updates; a multiple of 100
+    eval_every_updates: int = 5_000  # updates between them in stages 1 and 2, rounded up to hundreds
     eval_episodes: int = 10  # episodes of one evaluation, all at once
 
     batch_size: int = 256  # transitions of one gradient step
@@ -576,7 +576,7 @@ def train_offline(run, args, stage, steps, update, rows, act_dim, check):
             values = update(rows[index[i]], noise[i])
         step, counted, seconds = start + count, counted + count, seconds + time.time() - clock
         progress["step"] = step
-        if step % args.eval_every_updates == 0 or step == steps:
+        if step // args.eval_every_updates > start // args.eval_every_updates or step == steps:
             values = run.finite(stage, step, values) | check(step)
             progress["updates_per_second"][stage] = values["updates_per_second"] = counted / seconds
             report(run, stage, step, values)
@@ -727,19 +727,20 @@ def train(args, run, data, teacher, hidden, device):
             value = (nets["critics"](obs, action).amin(0) - args.alpha * log_prob).mean()
         return {"v_start": float(value), "soft_return": progress["soft_return"]}
 
-    def enter(stage):
-        """A border between stages: the model, a film, and a point to resume from."""
+    def film(policy, name):
         if args.capture_video:
-            film = run.dir / "videos" / f"before-{stage}.mp4"
-            record_video(nets["actor"].mode, data.make_env, film, args.seed, device)
+            record_video(policy.mode, data.make_env, run.dir / "videos" / f"{name}.mp4", args.seed, device)
+
+    def enter(stage):
+        """The border between two stages is a point to resume from."""
         progress["stage"], progress["step"] = stage, 0
-        save_file(export(args, data, nets, progress), run.dir / "model.pt")
         run.save()
 
     if progress["stage"] == "start":
         scores, _ = score_of(teacher, 0, 0)
         progress["offline_score"], progress["soft_return"] = scores["score"], scores["soft_return"]
         print(f"offline policy: score {scores['score']:.1f}, sampled {scores['score_sampled']:.1f}", flush=True)
+        film(teacher, "offline")
         enter("fit")
     if progress["stage"] == "fit":
         if not same_class:
@@ -768,10 +769,11 @@ def train(args, run, data, teacher, hidden, device):
             if args.reference == "best" and scores["score"] > progress["reference_score"]:
                 nets["reference"].load_state_dict(nets["actor"].state_dict())
                 progress["reference_score"] = scores["score"]
+            film(nets["actor"], "aligned")
         enter("online")
-    if progress["stage"] == "online":
-        train_online(run, args, finetune, data, device, score_of)
-        enter("done")
+    train_online(run, args, finetune, data, device, score_of)
+    film(nets["actor"], "final")
+    save_file(export(args, data, nets, progress), run.dir / "model.pt")
 
 
 # shared: evaluate
@@ -1047,7 +1049,9 @@ def main(args: Args):
     torch.set_num_threads(args.num_threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
     device = pick_device(args.cuda)
-    load_file(args.checkpoint, "cpu")  # fails before a dataset is made for nothing
+    if not Path(args.checkpoint).exists():
+        hint = f"train one with: python offline/cql.py --env-id {args.env_id}, or name one with --checkpoint"
+        raise UserError(f"no offline policy at {args.checkpoint}; {hint}")
     data = load_dataset(args.env_id, args.dataset)
     teacher, saved = load_policy(args.checkpoint, args.env_id, data.obs_dim, data.act_dim, args.fit_std)
     print(f"offline policy {args.checkpoint}: {saved['algorithm']}, {saved['step']} updates on {saved['dataset']}")

@@ -31,7 +31,7 @@ def test_unknown_task_names_the_nearest_first(capsys, monkeypatch):
 
 
 def test_missing_and_corrupt_checkpoints(capsys, monkeypatch, tmp_path, checkpoint):
-    assert "does not exist" in refused(capsys, monkeypatch, o2o_sac, "o2o_sac", "--checkpoint", tmp_path / "no.pt")
+    assert "offline/cql.py" in refused(capsys, monkeypatch, o2o_sac, "o2o_sac", "--checkpoint", tmp_path / "no.pt")
     broken = tmp_path / "broken.pt"
     broken.write_bytes(checkpoint.read_bytes()[:1000])
     assert "incomplete" in refused(capsys, monkeypatch, o2o_sac, "o2o_sac", "--checkpoint", broken)

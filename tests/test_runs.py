@@ -95,27 +95,28 @@ def test_the_buffer_holds_what_the_environment_saw(tiny, tmp_path, monkeypatch):
         data = real(*args)
 
         def make_env(**kwargs):
-            made.append(1)
+            made.append(1)  # the first is for evaluation, the second trains
             return Recorder(data.make_env(**kwargs), log) if len(made) == 2 else data.make_env(**kwargs)
 
-        return data._replace(make_env=make_env)  # the first is for evaluation, the second trains
+        return data._replace(make_env=make_env)
 
     monkeypatch.setattr(o2o_sac, "load_dataset", load)
     o2o_sac.main(tiny(online_steps=60, eval_every=60, warm_up=50))
-    online = torch.load(tmp_path / "run/resume.pt", weights_only=True)
-    assert online["progress"]["stage"] == "done"
-    saved = {}
-    monkeypatch.setattr(o2o_sac.Run, "save", lambda self, **extra: saved.update(extra))
-    log.clear()
-    made.clear()
-    o2o_sac.main(tiny(online_steps=60, eval_every=60, warm_up=50, run_dir=str(tmp_path / "again")))
-    obs, action, reward, next_obs, terminated = o2o_sac.split(saved["online"], 11, 3)
-    assert len(log) == len(saved["online"]) == 60
+    online = torch.load(tmp_path / "run/resume.pt", weights_only=True)["online"]
+    obs, action, reward, next_obs, terminated = o2o_sac.split(online, 11, 3)
+    assert len(log) == len(online) == 60
     np.testing.assert_allclose(action, np.stack([row[1] for row in log]), rtol=1e-6)
     np.testing.assert_allclose(obs, np.stack([row[0] for row in log]), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(next_obs, np.stack([row[2] for row in log]), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(reward, [row[3] for row in log], rtol=1e-5)
     assert terminated.tolist() == [float(row[4]) for row in log]
+
+
+def test_a_complete_run_can_be_made_longer(tiny, tmp_path):
+    o2o_sac.main(tiny(run_dir=str(tmp_path / "long")))
+    o2o_sac.main(tiny(online_steps=8))
+    o2o_sac.main(tiny(resume=str(tmp_path / "run")))
+    assert_same(weights(tmp_path / "long"), weights(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
