@@ -102,7 +102,7 @@ class Args:
     reference_every: int = 10  # evaluations between renewals with --reference interval
 
     compile: bool = True  # compile each update into one graph
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # fp32, or bf16 inputs with fp32 sums (medium)
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # fp32; medium: bf16 inputs, fp32 sums
     num_threads: int = 1  # CPU threads: such small networks get slower, not faster, once threads exceed the free cores
 
 
@@ -294,16 +294,25 @@ def squashed_log_prob(mean, log_std, u):
 
 
 # shared: critics
+def stacked_matmul(x, weight, bf16):
+    """(n, B, I) @ (n, I, O) -> (n, B, O) float32. With `bf16` from rounded inputs and through a rounded result, which
+    halves the memory traffic too."""
+    return torch.bmm(x.bfloat16(), weight.bfloat16()).float() if bf16 else torch.bmm(x, weight)
+
+
 class StackedLinear(nn.Module):
     """n linear layers in one batched matmul: (n, B, inputs) -> (n, B, outputs), orthogonal weights of gain 1."""
 
-    def __init__(self, n, inputs, outputs):
+    def __init__(self, n, inputs, outputs, bf16):
         super().__init__()
         self.weight = nn.Parameter(torch.stack([nn.init.orthogonal_(torch.empty(inputs, outputs)) for _ in range(n)]))
         self.bias = nn.Parameter(torch.zeros(n, 1, outputs))
+        self.bf16 = bf16
 
     def forward(self, x):
-        return torch.baddbmm(self.bias, x, self.weight)
+        if self.weight.shape[-1] == 1:  # the output stays exact: bf16 can't tell a Q of 250 from one of 251
+            return (x * self.weight.transpose(1, 2)).sum(-1, keepdim=True) + self.bias
+        return stacked_matmul(x, self.weight, self.bf16) + self.bias
 
 
 class StackedLayerNorm(nn.Module):
@@ -321,15 +330,15 @@ class StackedLayerNorm(nn.Module):
 class Critics(nn.Module):
     """n Q-functions side by side: raw observations (B, O) and actions (B, A) -> Q of shape (n, B)."""
 
-    def __init__(self, obs_mean, obs_std, act_dim, hidden, n=2, layer_norm=False):
+    def __init__(self, obs_mean, obs_std, act_dim, hidden, n=2, layer_norm=False, bf16=False):
         super().__init__()
         self.register_buffer("obs_mean", obs_mean.clone())
         self.register_buffer("obs_std", obs_std.clone())
         sizes, layers, self.n = [len(obs_mean) + act_dim, *hidden], [], n
         for inputs, outputs in pairwise(sizes):
             norm = [StackedLayerNorm(n, outputs)] if layer_norm else []
-            layers += [StackedLinear(n, inputs, outputs), *norm, nn.ReLU()]
-        self.net = nn.Sequential(*layers, StackedLinear(n, sizes[-1], 1))
+            layers += [StackedLinear(n, inputs, outputs, bf16), *norm, nn.ReLU()]
+        self.net = nn.Sequential(*layers, StackedLinear(n, sizes[-1], 1, bf16))
 
     def forward(self, obs, action):
         x = torch.cat([(obs - self.obs_mean) / self.obs_std, action], dim=-1)
@@ -686,7 +695,8 @@ def train(args, run, data, teacher, hidden, device):
     actor = SquashedGaussianActor(*stats, act_dim, hidden if same_class else (256, 256, 256))
     if same_class:
         actor.load_state_dict(teacher.state_dict())
-    critics = Critics(*stats, act_dim, (256, 256, 256), layer_norm=True)
+    bf16 = args.matmul_precision == "medium"
+    critics = Critics(*stats, act_dim, (256, 256, 256), layer_norm=True, bf16=bf16)
     nets = {
         "actor": actor,
         "behaviour": deepcopy(actor),  # pi_off, frozen

@@ -79,8 +79,7 @@ class Args:
     clip_gap: float | None = None  # lower clip of the gap of a state, in units of Q; None: no clip
 
     compile: bool = True  # compile the update into one graph
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # fp32, or bf16 inputs with fp32 sums (medium),
-    # then with bf16 activations in the conservative term too, whose 30 actions a state are bound by memory
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # fp32; medium: bf16 inputs, fp32 sums
     num_threads: int = 1  # CPU threads: such small networks get slower, not faster, once threads exceed the free cores
 
 
@@ -259,16 +258,25 @@ def squashed_log_prob(mean, log_std, u):
 
 
 # shared: critics
+def stacked_matmul(x, weight, bf16):
+    """(n, B, I) @ (n, I, O) -> (n, B, O) float32. With `bf16` from rounded inputs and through a rounded result, which
+    halves the memory traffic too."""
+    return torch.bmm(x.bfloat16(), weight.bfloat16()).float() if bf16 else torch.bmm(x, weight)
+
+
 class StackedLinear(nn.Module):
     """n linear layers in one batched matmul: (n, B, inputs) -> (n, B, outputs), orthogonal weights of gain 1."""
 
-    def __init__(self, n, inputs, outputs):
+    def __init__(self, n, inputs, outputs, bf16):
         super().__init__()
         self.weight = nn.Parameter(torch.stack([nn.init.orthogonal_(torch.empty(inputs, outputs)) for _ in range(n)]))
         self.bias = nn.Parameter(torch.zeros(n, 1, outputs))
+        self.bf16 = bf16
 
     def forward(self, x):
-        return torch.baddbmm(self.bias, x, self.weight)
+        if self.weight.shape[-1] == 1:  # the output stays exact: bf16 can't tell a Q of 250 from one of 251
+            return (x * self.weight.transpose(1, 2)).sum(-1, keepdim=True) + self.bias
+        return stacked_matmul(x, self.weight, self.bf16) + self.bias
 
 
 class StackedLayerNorm(nn.Module):
@@ -286,15 +294,15 @@ class StackedLayerNorm(nn.Module):
 class Critics(nn.Module):
     """n Q-functions side by side: raw observations (B, O) and actions (B, A) -> Q of shape (n, B)."""
 
-    def __init__(self, obs_mean, obs_std, act_dim, hidden, n=2, layer_norm=False):
+    def __init__(self, obs_mean, obs_std, act_dim, hidden, n=2, layer_norm=False, bf16=False):
         super().__init__()
         self.register_buffer("obs_mean", obs_mean.clone())
         self.register_buffer("obs_std", obs_std.clone())
         sizes, layers, self.n = [len(obs_mean) + act_dim, *hidden], [], n
         for inputs, outputs in pairwise(sizes):
             norm = [StackedLayerNorm(n, outputs)] if layer_norm else []
-            layers += [StackedLinear(n, inputs, outputs), *norm, nn.ReLU()]
-        self.net = nn.Sequential(*layers, StackedLinear(n, sizes[-1], 1))
+            layers += [StackedLinear(n, inputs, outputs, bf16), *norm, nn.ReLU()]
+        self.net = nn.Sequential(*layers, StackedLinear(n, sizes[-1], 1, bf16))
 
     def forward(self, obs, action):
         x = torch.cat([(obs - self.obs_mean) / self.obs_std, action], dim=-1)
@@ -370,17 +378,14 @@ def compile_update(update, enabled):
 class CqlCritics(Critics):
     """Critics that also score K actions a state; the observations' part of the first layer is computed once."""
 
-    def many(self, obs, actions, bf16):
-        """obs (B, O), actions (B, K, A) -> Q (n, B, K). `bf16` halves the memory traffic of the hidden layers; the
-        last layer stays in float32, because bf16 can't tell a Q of 250 from one of 251."""
-        (batch, k, act_dim), first, last = actions.shape, self.net[0], self.net[-1]
+    def many(self, obs, actions):
+        """obs (B, O), actions (B, K, A) -> Q (n, B, K)."""
+        (batch, k, act_dim), first = actions.shape, self.net[0]
         obs = ((obs - self.obs_mean) / self.obs_std).expand(self.n, -1, -1)
         actions = actions.reshape(1, batch * k, act_dim).expand(self.n, -1, -1)
-        with torch.autocast(obs.device.type, dtype=torch.bfloat16, enabled=bf16):
-            h = torch.baddbmm(first.bias, obs, first.weight[:, :-act_dim]).unsqueeze(2)
-            h = h + torch.bmm(actions, first.weight[:, -act_dim:]).view(self.n, batch, k, -1)
-            h = self.net[1:-1](h.flatten(1, 2))
-        return ((h.float() * last.weight.transpose(1, 2)).sum(-1) + last.bias[..., 0]).view(self.n, batch, k)
+        h = torch.baddbmm(first.bias, obs, first.weight[:, :-act_dim]).unsqueeze(2)
+        h = h + stacked_matmul(actions, first.weight[:, -act_dim:], first.bf16).view(self.n, batch, k, -1)
+        return self.net[1:](h.flatten(1, 2)).view(self.n, batch, k)
 
 
 def conservative_gap(q_candidates, log_density, q_data, temperature, clip=None):
@@ -408,7 +413,7 @@ def make_update(args, nets, obs_dim, act_dim):
         "log_alpha": Adam(nets["log_alpha"].parameters(), args.critic_lr),
         "log_weight": Adam(nets["log_weight"].parameters(), args.critic_lr),
     }
-    k, bf16 = args.cql_actions, args.matmul_precision == "medium"
+    k = args.cql_actions
 
     def draw(obs, noise):
         """K actions of the policy: obs (B, O), noise (K, B, A) -> actions (B, K, A), log_prob (B, K)."""
@@ -428,10 +433,10 @@ def make_update(args, nets, obs_dim, act_dim):
             uniform_density = torch.full_like(log_prob, -act_dim * math.log(2))
             log_density = torch.cat([uniform_density, log_prob, next_log_prob], dim=1)
             backups = next_actions if args.max_backup else next_actions[:, :1]
-            target = td_target(reward, terminated, targets.many(next_obs, backups, False), args.gamma)
+            target = td_target(reward, terminated, targets.many(next_obs, backups), args.gamma)
         q = critics(obs, action)
         td_loss = ((q - target) ** 2).mean(-1).sum()
-        q_candidates = critics.many(obs, candidates, bf16)
+        q_candidates = critics.many(obs, candidates)
         gap = conservative_gap(q_candidates, log_density, q, args.cql_temperature, args.clip_gap).mean(-1)
         weight = torch.ones_like(log_weight)
         if args.lagrange:
@@ -643,7 +648,8 @@ def main(args: Args):
 
     torch.manual_seed(args.seed)
     hidden = [256] * args.hidden_layers
-    nets = {"actor": SquashedGaussianActor(*stats, act_dim, hidden), "critics": CqlCritics(*stats, act_dim, hidden)}
+    critics = CqlCritics(*stats, act_dim, hidden, bf16=args.matmul_precision == "medium")
+    nets = {"actor": SquashedGaussianActor(*stats, act_dim, hidden), "critics": critics}
     nets |= {"targets": deepcopy(nets["critics"]), "log_alpha": Scalar(0.0), "log_weight": Scalar(0.0)}
     nets = {name: net.to(device) for name, net in nets.items()}
     optimizers, update = make_update(args, nets, obs_dim, act_dim)

@@ -193,26 +193,22 @@ def plain_update(name):
 
 def our_update(name, compiled, precision):
     script = importlib.import_module({"sac": "collect"}.get(name, name.split()[0]))
-    stats = torch.zeros(OBS), torch.ones(OBS)
+    stats, bf16 = (torch.zeros(OBS), torch.ones(OBS)), precision == "medium"
     if name == "sac":
-        _, _, update = script.make_sac(OBS, ACT, "cpu")
-    elif name == "cql":
-        nets = {"actor": script.SquashedGaussianActor(*stats, ACT, [256] * 3)}
-        nets |= {"critics": script.CqlCritics(*stats, ACT, [256] * 3), "log_alpha": script.Scalar(0.0)}
-        nets |= {"targets": deepcopy(nets["critics"]), "log_weight": script.Scalar(0.0)}
-        _, update = script.make_update(script.Args(matmul_precision=precision), nets, OBS, ACT)
-    else:
-        args = script.Args()
-        script.fill_defaults(args)
-        actor, critics = (
-            script.SquashedGaussianActor(*stats, ACT, [256] * 3),
-            script.Critics(*stats, ACT, [256] * 3, layer_norm=True),
-        )
-        nets = {"actor": actor, "behaviour": deepcopy(actor), "reference": deepcopy(actor), "critics": critics}
-        nets |= {"targets": deepcopy(critics), "log_alpha": script.Scalar(0.0)}
-        optimizers = {key: script.Adam(nets[key].parameters(), 3e-4) for key in ("actor", "critics", "log_alpha")}
-        stages = ("reevaluate", "align", "finetune")
-        update = script.make_updates(args, nets, optimizers, OBS, ACT)[stages.index(name.split()[1])]
+        _, _, update = script.make_sac(OBS, ACT, "cpu", bf16)
+        return script.compile_update(update, compiled)
+    nets = {"actor": script.SquashedGaussianActor(*stats, ACT, [256] * 3), "log_alpha": script.Scalar(0.0)}
+    if name == "cql":
+        nets |= {"critics": script.CqlCritics(*stats, ACT, [256] * 3, bf16=bf16), "log_weight": script.Scalar(0.0)}
+        nets["targets"] = deepcopy(nets["critics"])
+        return script.compile_update(script.make_update(script.Args(), nets, OBS, ACT)[1], compiled)
+    args, actor = script.Args(), nets["actor"]
+    script.fill_defaults(args)
+    nets["critics"] = script.Critics(*stats, ACT, [256] * 3, layer_norm=True, bf16=bf16)
+    nets |= {"behaviour": deepcopy(actor), "reference": deepcopy(actor), "targets": deepcopy(nets["critics"])}
+    optimizers = {key: script.Adam(nets[key].parameters(), 3e-4) for key in ("actor", "critics", "log_alpha")}
+    stages = ("reevaluate", "align", "finetune")
+    update = script.make_updates(args, nets, optimizers, OBS, ACT)[stages.index(name.split()[1])]
     update, multiplier = script.compile_update(update, compiled), torch.tensor(1.0)
     return (lambda *batch: update(*batch, multiplier)) if name == "o2o_sac finetune" else update
 
@@ -222,12 +218,9 @@ def measure(setting):
     torch.set_num_threads(setting.threads)
     torch.set_float32_matmul_precision(setting.precision)
     torch.manual_seed(0)
+    compiled = setting.version == "compiled"
     plain = setting.version == "plain"
-    update = (
-        plain_update(setting.name)
-        if plain
-        else our_update(setting.name, setting.version == "compiled", setting.precision)
-    )
+    update = plain_update(setting.name) if plain else our_update(setting.name, compiled, setting.precision)
     batch = rows_and_noise(31)
     for _ in range(3):
         update(*batch)
@@ -252,8 +245,8 @@ def main():
     lines = [
         "# Updates per second",
         "",
-        "Made by `python results/speed.py` in one run; batch 256, Hopper's sizes, random data. *Plain*: separate critics,",
-        "torch.optim, `loss.backward()`, eager, float32. *Factor*: compiled with bf16 matmul against plain, same threads.",
+        "Made by `python results/speed.py` in one run; batch 256, Hopper's sizes, random data. *Plain*: separate",
+        "critics, torch.optim, `loss.backward()`, eager, float32. *Factor*: compiled with bf16 matmul against plain.",
         "",
         f"{platform.processor() or platform.machine()}, {platform.system()}, torch {torch.__version__}.",
         "",

@@ -153,9 +153,9 @@ def test_critics_equal_separate_networks():
 @pytest.mark.parametrize("bf16", [False, True])
 def test_cql_critics_score_many_actions_like_single_ones(bf16):
     torch.manual_seed(0)
-    critics = cql.CqlCritics(torch.randn(4), torch.rand(4) + 0.5, 2, (16, 16))
+    critics = cql.CqlCritics(torch.randn(4), torch.rand(4) + 0.5, 2, (16, 16), bf16=bf16)
     obs, actions = torch.randn(5, 4), torch.rand(5, 7, 2) * 2 - 1
-    many = critics.many(obs, actions, bf16)
+    many = critics.many(obs, actions)
     assert many.shape == (2, 5, 7) and many.dtype == torch.float32
     one_by_one = torch.stack([critics(obs, actions[:, k]) for k in range(7)], dim=-1)
     torch.testing.assert_close(many, one_by_one, rtol=2e-2 if bf16 else 1e-4, atol=2e-2 if bf16 else 1e-5)
