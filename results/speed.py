@@ -1,6 +1,6 @@
 """Updates per second of every update of every script, against the plain version of the same update.
 
-    python results/speed.py  # 1 and 2 threads, each precision, eager and compiled; writes results/speed.md
+    python results/speed.py 1 2  # with 1 and with 2 threads; writes results/speed.md
 
 Plain is how most code bases write it: separate critics, torch.optim, loss.backward(), eager, float32. All numbers come
 from one run on random data of Hopper's sizes (11 observations, 3 actions, batch 256), so only their ratios say
@@ -234,9 +234,9 @@ def measure(setting):
     return sorted(rates)[2]
 
 
-def main():
+def main(threads):
     versions = [("plain", "highest"), ("eager", "highest"), ("compiled", "highest"), ("compiled", "medium")]
-    table, threads = {}, (1, 2)
+    table = {}
     for name, n, (version, precision) in itertools.product(UPDATES, threads, versions):
         setting = json.dumps({"name": name, "threads": n, "version": version, "precision": precision})
         done = subprocess.run([sys.executable, __file__, setting], capture_output=True, text=True, check=True)
@@ -261,7 +261,7 @@ def main():
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if len(sys.argv) > 1 and sys.argv[1].startswith("{"):
         print(measure(SimpleNamespace(**json.loads(sys.argv[1]))))
     else:
-        main()
+        main([int(word) for word in sys.argv[1:]] or [1, 2])
