@@ -990,26 +990,24 @@ def write_summary(run, args, data_name, algorithm, status):
 
 
 def draw_curve(run):
-    """curve.png: all stages side by side, score against updates (stages 1 and 2) and environment steps (stage 3)."""
+    """curve.png, all stages side by side: values against updates (stage 1), scores against updates (stage 2) and
+    against environment steps (stage 3)."""
     rows = [json.loads(line) for line in (run.dir / "metrics.jsonl").read_text().splitlines()]
     panels = [stage for stage in ("reevaluate", "align", "online") if any(row["stage"] == stage for row in rows)]
     if not panels:
         return
     figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.5), squeeze=False, layout="constrained")
     for axis, stage in zip(axes[0], panels, strict=True):
-        steps = [row["step"] for row in rows if row["stage"] == stage]
-        for key, label in (("score", "mode"), ("score_sampled", "sampled"), ("q_mean", "mean Q")):
-            values = [row.get(f"{stage}/{key}") for row in rows if row["stage"] == stage]
-            if None not in values and (key != "q_mean" or stage == "reevaluate"):
-                axis.plot(steps, values, label=label)
-        axis.set_title(stage)
-        axis.set_xlabel("environment steps" if stage == "online" else "updates")
+        points = [row for row in rows if row["stage"] == stage]
+        for key in ("q_mean", "v_start", "soft_return") if stage == "reevaluate" else ("score", "score_sampled"):
+            if f"{stage}/{key}" in points[0]:
+                axis.plot([row["step"] for row in points], [row[f"{stage}/{key}"] for row in points], label=key)
         if stage != "reevaluate":
             axis.axhline(run.progress["offline_score"], color="black", linestyle="--", label="offline policy")
-            axis.set_ylabel("normalised score")
-            axis.legend(fontsize=8)
-        else:
-            axis.set_ylabel("mean Q of the data")
+        axis.set(title=stage, xlabel="environment steps" if stage == "online" else "updates")
+        axis.set_ylabel("return, discounted" if stage == "reevaluate" else "normalised score")
+        axis.locator_params(axis="x", nbins=5)
+        axis.legend(fontsize=8)
     figure.savefig(run.dir / "curve.png", dpi=100)
     plt.close(figure)
 
