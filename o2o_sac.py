@@ -1,14 +1,15 @@
 """O2SAC: from an offline policy to online SAC without the collapse (OCR-CFT, Luo et al. 2024, arXiv 2412.18855).
 
 Two mismatches make naive fine-tuning collapse. Offline critics are pessimistic, so they are no estimate of what the
-policy is worth online. And a critic, even a correct one, ranks other actions above the policy's own by error alone, so
-the first updates destroy the policy. Three stages remove them; only the offline *policy* is used, whatever trained it:
+policy is worth online. And a critic, even one that is right on average, ranks other actions above the policy's own by
+error alone, so the first updates destroy the policy. Three stages remove them; only the offline *policy* is used,
+whatever trained it:
 
-  1 reevaluate  learn Q of the frozen offline policy on the data, with SAC's own    td_target           Section 4.1
+  1 reevaluate  learn Q of the frozen offline policy on the data, with SAC's own    td_target
                 Bellman operator and no pessimism
-  2 align       keep Q of the policy's favourite action, lower the others to what   alignment_target    Section 4.2
+  2 align       keep Q of the policy's favourite action, lower the others to what   alignment_target
                 the policy's preference says; update the actor on the result
-  3 finetune    SAC online, under KL(pi || pi_ref) < limit(t), by a Lagrangian      td_target,          Section 4.3
+  3 finetune    SAC online, under KL(pi || pi_ref) < limit(t), by a Lagrangian      td_target,
                 whose multiplier is learned; the limit grows, pi_ref improves       multiplier_loss
 
     python o2o_sac.py --env-id hopper-medium-v2  # makes the dataset, then all three stages
@@ -32,7 +33,7 @@ import zipfile
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -76,7 +77,7 @@ class Args:
     reevaluate: bool = True  # stage 1; off: ablation
     align: bool = True  # stage 2; off: ablation
     constrain: bool = True  # the constraint of stage 3; off: ablation
-    fit_steps: int = 20_000  # updates that fit our actor to an offline policy of another class (Section 4.4 there)
+    fit_steps: int = 20_000  # updates that fit our actor to an offline policy of another class
     fit_std: float = 0.1  # std of the actions, given to a deterministic offline policy when ours is fitted to it
     updates_per_step: int = 10  # gradient steps per environment step
     warm_up: int = 1_000  # environment steps that act without updates
@@ -90,7 +91,7 @@ class Args:
     gamma: float = 0.99  # discount
     tau: float = 0.005  # Polyak rate of the target critics
     policy_lr: float = 1e-4  # actor
-    critic_lr: float = 3e-4  # critics and temperature
+    critic_lr: float = 3e-4  # critics, temperature, and the fit to a policy of another class
     alpha: float | None = None  # temperature in stages 1 and 2, its start in stage 3; None: 0.2, expert data 0.5
     kl_start: float | None = None  # nats, limit on KL(pi || pi_ref) at step 0; None: 0.125, expert data 0.005
     kl_end: float | None = None  # nats, limit after kl_steps; None: 2.0, expert data 0.125; with interval a quarter
@@ -99,10 +100,10 @@ class Args:
     multiplier_lr: float = 5e-5  # of log lambda, one step per environment step
     kappa: float = 0.7  # weight of a violated constraint in lambda's loss; a slack one weighs 1 - kappa
     reference: Literal["best", "interval"] = "best"  # pi_ref: the best policy so far, or renewed at intervals
-    reference_every: int = 10  # evaluations between renewals with --reference interval
+    reference_every: int = 10_000  # environment steps between renewals with --reference interval
 
     compile: bool = True  # compile each update into one graph
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # fp32; medium: bf16 inputs, fp32 sums
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # fp32; medium: bf16 products
     num_threads: int = 1  # CPU threads: such small networks get slower, not faster, once threads exceed the free cores
 
 
@@ -225,6 +226,8 @@ def load_dataset(env_id, dataset=None):
     if not episodes:
         raise UserError(f"{name} is empty")
     env = make_env()
+    if env.spec is None or env.spec.id.split("-v")[0] != gym_id.split("-v")[0]:
+        raise UserError(f"{name} belongs to {env.spec and env.spec.id}, {env_id} needs {gym_id.split('-v')[0]}")
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     for observations, actions, rewards, _ in episodes:
         shapes = np.shape(observations)[1:], np.shape(actions)[1:]
@@ -376,11 +379,18 @@ def load_policy(path, env_id, obs_dim, act_dim, std):
     """The offline policy in a checkpoint -> its frozen module, and the checkpoint; `std` is for a deterministic one.
     Raises UserError if the file is missing, broken, of another environment or of other dimensions."""
     saved = load_file(path, "cpu")
-    if not isinstance(saved, dict) or saved.get("format") != 1 or "policy" not in saved:
-        raise UserError(f"{path} is not a checkpoint of format 1, which the scripts in offline/ write")
-    if parse_task(saved["env_id"])[0] != parse_task(env_id)[0]:
-        raise UserError(f"{path} was trained on {saved['env_id']}, not on {env_id}; choose another --checkpoint")
-    kind, hidden, state = saved["policy"]["kind"], saved["policy"]["hidden"], saved["actor"]
+    try:
+        kind, hidden, state = saved["policy"]["kind"], saved["policy"]["hidden"], saved["actor"]
+        source, inputs = f"{saved['algorithm']}, {saved['step']} updates on {saved['dataset']}", len(state["obs_mean"])
+        origin, version = saved["env_id"], saved["format"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a checkpoint of format 1: {error} is missing") from error
+    if version != 1:
+        raise UserError(f"{path} has format {version}; this script reads format 1")
+    if origin.split("-")[0] != env_id.split("-")[0]:
+        raise UserError(f"{path} was trained on {origin}, not on {env_id}; choose another --checkpoint")
+    if inputs != obs_dim:
+        raise UserError(f"{path} expects {inputs} observations, the data have {obs_dim}")
     if kind == "squashed_gaussian":
         policy = SquashedGaussianActor(state["obs_mean"], state["obs_std"], act_dim, hidden)
     elif kind in ("tanh_gaussian", "deterministic"):
@@ -392,8 +402,7 @@ def load_policy(path, env_id, obs_dim, act_dim, std):
         policy.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(f"the weights in {path} do not fit a {kind} policy with {act_dim} actions") from error
-    if len(state["obs_mean"]) != obs_dim:
-        raise UserError(f"{path} expects {len(state['obs_mean'])} observations, the data have {obs_dim}")
+    print(f"offline policy {path}: {source}")
     return policy.requires_grad_(False), saved
 
 
@@ -418,6 +427,8 @@ class Adam:
         self.steps = torch.zeros((), device=self.params[0].device)
         self.mean = [torch.zeros_like(p) for p in self.params]
         self.square = [torch.zeros_like(p) for p in self.params]
+        for tensor in (self.steps, *self.mean, *self.square):
+            torch._dynamo.mark_static_address(tensor)  # CUDA graphs refuse to change other tensors in place
 
     def minimize(self, loss):
         """One step on a scalar loss. Only this optimiser's parameters get gradients, so the critics' weights stay out
@@ -446,25 +457,31 @@ def polyak(target, source, tau):
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
 
 
-def compile_update(update, enabled):
-    """The whole update as one graph (CUDA graphs on a GPU); with `enabled` False the same function as it stands."""
-    if enabled and not torch.cuda.is_available():
-        try:
-            get_cpp_compiler()
-        except InvalidCxxCompiler:
-            print("no C++ compiler found: updates run uncompiled, about a third slower", file=sys.stderr)
-            enabled = False
-    if not enabled:
-        return update
+@cache
+def can_compile():
+    """Is there a C++ compiler? Says so once if not."""
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        print("no C++ compiler found: updates run uncompiled, about a third slower", file=sys.stderr)
+        return False
     torch._dynamo.config.trace_autograd_ops = True  # lets torch.autograd.grad stay inside the graph
-    return torch.compile(update, mode="reduce-overhead" if torch.cuda.is_available() else "default", fullgraph=True)
+    return True
+
+
+def compile_update(update, enabled, device):
+    """The whole update as one graph (CUDA graphs on a GPU); with `enabled` False the same function as it stands."""
+    if not (enabled and can_compile()):
+        return update
+    mode = "reduce-overhead" if torch.device(device).type == "cuda" else "default"
+    return torch.compile(update, mode=mode, fullgraph=True)
 
 
 # end shared
 
 
 def td_target(reward, terminated, next_q, next_log_prob, alpha, gamma, penalty=0.0):
-    """SAC's target, with the penalty of the constraint in stage 3 (Eq. 10 with f the log ratio):
+    """SAC's target, with the penalty of the constraint in stage 3:
 
         y = r + gamma (1 - d) [ min_j Q_j(s', a') - alpha log pi(a'|s') - lambda f(s', a') ],   a' ~ pi
 
@@ -651,30 +668,35 @@ def train_online(run, args, update, data, device, score_of):
             run.optimizers["log_multiplier"].minimize(multiplier_loss(log_multiplier.exp(), slack, args.kappa))
             counted, seconds = counted + args.updates_per_step, seconds + time.time() - clock
         progress["step"] = progress["online_steps"] = step
+        if args.reference == "interval" and step % args.reference_every == 0:
+            nets["reference"].load_state_dict(nets["actor"].state_dict())
         if step % args.eval_every and step != args.online_steps:
             continue
         row = run.finite("online", step, values)
         row |= {"kl_limit": kl_limit(args, step), "multiplier": log_multiplier.exp().item() * args.constrain}
         scores, eval_steps = score_of(nets["actor"], 3, step)
         progress["scores"].append([step, scores["score"]])
-        if args.reference == "best":
-            progress["selection_steps"] += eval_steps
-            renew = scores["score"] > progress["reference_score"]
-            progress["reference_score"] = max(scores["score"], progress["reference_score"])
-        else:
-            renew = len(progress["scores"]) % args.reference_every == 0
-        if renew:
-            nets["reference"].load_state_dict(nets["actor"].state_dict())
+        choose_reference(args, run, scores["score"], eval_steps)
         if counted:
             progress["updates_per_second"]["online"] = row["updates_per_second"] = counted / seconds
         report(run, "online", step, scores | row)
-        run.save(online=buffer[first : first + step].cpu(), obs=torch.from_numpy(obs), env=env_state(env))
+        run.save(online=buffer[first : first + step].cpu().clone(), obs=torch.from_numpy(obs), env=env_state(env))
         seconds, counted = 0.0, 0
+
+
+def choose_reference(args, run, score, steps):
+    """--reference best: the actor becomes pi_ref if its score beats that of every pi_ref so far. Such an evaluation is
+    interaction with the environment, so its `steps` are counted."""
+    if args.reference == "best" and args.constrain:
+        run.progress["selection_steps"] += steps
+        if score > run.progress["reference_score"]:
+            run.progress["reference_score"] = score
+            run.nets["reference"].load_state_dict(run.nets["actor"].state_dict())
 
 
 def fit_update(teacher, actor, optimizer):
     """-> update that imitates an offline policy of another class on the data's states, by maximum likelihood of its
-    actions (Section 4.4). Writes the actor."""
+    actions. Writes the actor."""
 
     def fit(rows, noise):
         obs = rows[:, : len(actor.obs_mean)]
@@ -710,9 +732,10 @@ def train(args, run, data, teacher, hidden, device):
     rates = {"actor": args.policy_lr, "critics": args.critic_lr, "log_alpha": args.critic_lr}
     rates["log_multiplier"] = args.multiplier_lr
     optimizers = {name: Adam(nets[name].parameters(), rate) for name, rate in rates.items()}
+    optimizers["fit"] = Adam(nets["actor"].parameters(), args.critic_lr)
     run.restore(nets, optimizers, torch.Generator(device).manual_seed(args.seed))
     updates = make_updates(args, nets, optimizers, data.obs_dim, act_dim)
-    reevaluate, align, finetune = (compile_update(update, args.compile) for update in updates)
+    reevaluate, align, finetune = (compile_update(update, args.compile, device) for update in updates)
     rows, envs = data.rows.to(device), [data.make_env() for _ in range(args.eval_episodes)]
 
     def score_of(policy, stage, step):
@@ -747,20 +770,23 @@ def train(args, run, data, teacher, hidden, device):
         run.save()
 
     if progress["stage"] == "start":
-        scores, _ = score_of(teacher, 0, 0)
+        scores, steps = score_of(teacher, 0, 0)
         progress["offline_score"], progress["soft_return"] = scores["score"], scores["soft_return"]
+        progress["reference_score"] = -math.inf
+        if same_class:
+            choose_reference(args, run, scores["score"], steps)
         print(f"offline policy: score {scores['score']:.1f}, sampled {scores['score_sampled']:.1f}", flush=True)
         film(teacher, "offline")
         enter("fit")
     if progress["stage"] == "fit":
         if not same_class:
-            fit = compile_update(fit_update(teacher, nets["actor"], optimizers["actor"]), args.compile)
+            fit = compile_update(fit_update(teacher, nets["actor"], optimizers["fit"]), args.compile, device)
             train_offline(run, args, "fit", args.fit_steps, fit, rows, act_dim, partial(actor_scores, 0))
-            scores, _ = score_of(nets["actor"], 0, args.fit_steps)
+            scores, steps = score_of(nets["actor"], 0, args.fit_steps)
             progress["fitted_score"], progress["soft_return"] = scores["score"], scores["soft_return"]
             for name in ("behaviour", "reference"):
                 nets[name].load_state_dict(nets["actor"].state_dict())
-        progress["reference_score"] = progress["offline_score"] if same_class else progress["fitted_score"]
+            choose_reference(args, run, scores["score"], steps)
         enter("reevaluate")
     if progress["stage"] == "reevaluate":
         if args.reevaluate:
@@ -774,11 +800,7 @@ def train(args, run, data, teacher, hidden, device):
             nets["targets"].load_state_dict(nets["critics"].state_dict())
             scores, steps = score_of(nets["actor"], 2, args.alignment_steps)
             progress["aligned_score"] = scores["score"]
-            if args.reference == "best":
-                progress["selection_steps"] += steps
-            if args.reference == "best" and scores["score"] > progress["reference_score"]:
-                nets["reference"].load_state_dict(nets["actor"].state_dict())
-                progress["reference_score"] = scores["score"]
+            choose_reference(args, run, scores["score"], steps)
             film(nets["actor"], "aligned")
         enter("online")
     train_online(run, args, finetune, data, device, score_of)
@@ -841,14 +863,21 @@ def set_env_state(env, saved):
 # shared: files
 def save_file(payload, path):
     """torch.save that never leaves half a file: written beside `path`, then renamed. Raises UserError if it fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(payload, temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
         temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path} ({error}); the previous file, if any, is unchanged") from error
+
+
+def write_json(payload, path):
+    """Never leaves half a file either."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(payload, indent=1))
+    os.replace(temporary, path)
 
 
 def load_file(path, device):
@@ -881,7 +910,7 @@ class Run:
         elif not args.resume and (self.dir / "args.json").exists():
             raise UserError(f"{self.dir} holds a run already; continue it with --resume or name another --run-dir")
         self.dir.mkdir(parents=True, exist_ok=True)
-        (self.dir / "args.json").write_text(json.dumps({"algorithm": algorithm, **asdict(args)}, indent=1))
+        write_json({"algorithm": algorithm, **asdict(args)}, self.dir / "args.json")
         self.metrics = open(self.dir / "metrics.jsonl", "a")
         self.metrics.truncate(saved["metrics_bytes"] if saved else 0)  # rows after resume.pt will be written again
         self.progress, self.saved = saved["progress"] if saved else progress, saved
@@ -936,10 +965,13 @@ def stored_args(folder, algorithm):
     path = Path(folder) / "args.json"
     if not path.exists():
         raise UserError(f"nothing to resume: {path} does not exist")
-    stored = json.loads(path.read_text())
-    if stored.pop("algorithm") != algorithm:
-        raise UserError(f"{folder} is not a run of {algorithm}; resume it with the script that started it")
-    return Args(**{**stored, "resume": str(folder)})
+    try:
+        stored = json.loads(path.read_text())
+        if stored.pop("algorithm") != algorithm:
+            raise UserError(f"{folder} is not a run of {algorithm}; resume it with the script that started it")
+        return Args(**{**stored, "resume": str(folder)})
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged or of another version of this script ({error})") from error
 
 
 def run_cli(main, algorithm):
@@ -948,8 +980,9 @@ def run_cli(main, algorithm):
     try:
         args = tyro.cli(Args)
         main(tyro.cli(Args, default=stored_args(args.resume, algorithm)) if args.resume else args)
-    except UserError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    except (UserError, OSError) as error:  # OSError: no space left, no permission
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -983,9 +1016,7 @@ def write_summary(run, args, data_name, algorithm, status):
         "versions": versions(),
         "status": status,
     }
-    temporary = run.dir / "summary.json.tmp"
-    temporary.write_text(json.dumps(summary, indent=1))
-    os.replace(temporary, run.dir / "summary.json")
+    write_json(summary, run.dir / "summary.json")
     return summary
 
 
@@ -1062,7 +1093,6 @@ def main(args: Args):
         raise UserError(f"no offline policy at {args.checkpoint}; {hint}")
     data = load_dataset(args.env_id, args.dataset)
     teacher, saved = load_policy(args.checkpoint, args.env_id, data.obs_dim, data.act_dim, args.fit_std)
-    print(f"offline policy {args.checkpoint}: {saved['algorithm']}, {saved['step']} updates on {saved['dataset']}")
     progress = {"stage": "start", "step": 0, "online_steps": 0, "selection_steps": 0, "updates_per_second": {}}
     progress |= {"offline_score": None, "fitted_score": None, "aligned_score": None, "scores": []}
     run, status = Run(args, "o2o_sac", progress), "failed"

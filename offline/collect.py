@@ -30,6 +30,7 @@ import warnings
 import zipfile
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -73,7 +74,7 @@ class Args:
     wandb_project_name: str = "o2o"  # project there
     wandb_entity: str | None = None  # team there
     compile: bool = True  # compile the update into one graph
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # fp32; medium: bf16 inputs, fp32 sums
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # fp32; medium: bf16 products
     num_threads: int = 1  # CPU threads: such small networks get slower, not faster, once threads exceed the free cores
 
 
@@ -226,6 +227,8 @@ class Adam:
         self.steps = torch.zeros((), device=self.params[0].device)
         self.mean = [torch.zeros_like(p) for p in self.params]
         self.square = [torch.zeros_like(p) for p in self.params]
+        for tensor in (self.steps, *self.mean, *self.square):
+            torch._dynamo.mark_static_address(tensor)  # CUDA graphs refuse to change other tensors in place
 
     def minimize(self, loss):
         """One step on a scalar loss. Only this optimiser's parameters get gradients, so the critics' weights stay out
@@ -254,18 +257,24 @@ def polyak(target, source, tau):
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
 
 
-def compile_update(update, enabled):
-    """The whole update as one graph (CUDA graphs on a GPU); with `enabled` False the same function as it stands."""
-    if enabled and not torch.cuda.is_available():
-        try:
-            get_cpp_compiler()
-        except InvalidCxxCompiler:
-            print("no C++ compiler found: updates run uncompiled, about a third slower", file=sys.stderr)
-            enabled = False
-    if not enabled:
-        return update
+@cache
+def can_compile():
+    """Is there a C++ compiler? Says so once if not."""
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        print("no C++ compiler found: updates run uncompiled, about a third slower", file=sys.stderr)
+        return False
     torch._dynamo.config.trace_autograd_ops = True  # lets torch.autograd.grad stay inside the graph
-    return torch.compile(update, mode="reduce-overhead" if torch.cuda.is_available() else "default", fullgraph=True)
+    return True
+
+
+def compile_update(update, enabled, device):
+    """The whole update as one graph (CUDA graphs on a GPU); with `enabled` False the same function as it stands."""
+    if not (enabled and can_compile()):
+        return update
+    mode = "reduce-overhead" if torch.device(device).type == "cuda" else "default"
+    return torch.compile(update, mode=mode, fullgraph=True)
 
 
 # end shared
@@ -315,7 +324,7 @@ def train(args, path):
     env, envs = gym.make(ENVS[name][0]), [gym.make(ENVS[name][0]) for _ in range(10)]
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     nets, optimizers, update = make_sac(obs_dim, act_dim, device, args.matmul_precision == "medium")
-    actor, update = nets["actor"], compile_update(update, args.compile)
+    actor, update = nets["actor"], compile_update(update, args.compile, device)
     buffer = torch.zeros(args.train_steps, 2 * obs_dim + act_dim + 2, device=device)
     generator = torch.Generator(device).manual_seed(args.seed)
     run.restore(nets, optimizers, generator)
@@ -363,7 +372,7 @@ def train(args, path):
         policies |= {"medium": medium, "expert": best, "args": asdict(args), "versions": versions()}
         save_file(policies, path)
         run.progress["step"] = step
-        extra = {"ladder": ladder, "medium": medium, "best": best, "buffer": buffer[:step].cpu()}
+        extra = {"ladder": ladder, "medium": medium, "best": best, "buffer": buffer[:step].cpu().clone()}
         run.save(**extra, obs=torch.from_numpy(obs), env=env_state(env))
         if score >= args.stop_score:
             break
@@ -540,14 +549,21 @@ def set_env_state(env, saved):
 # shared: files
 def save_file(payload, path):
     """torch.save that never leaves half a file: written beside `path`, then renamed. Raises UserError if it fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(payload, temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
         temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path} ({error}); the previous file, if any, is unchanged") from error
+
+
+def write_json(payload, path):
+    """Never leaves half a file either."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(payload, indent=1))
+    os.replace(temporary, path)
 
 
 def load_file(path, device):
@@ -580,7 +596,7 @@ class Run:
         elif not args.resume and (self.dir / "args.json").exists():
             raise UserError(f"{self.dir} holds a run already; continue it with --resume or name another --run-dir")
         self.dir.mkdir(parents=True, exist_ok=True)
-        (self.dir / "args.json").write_text(json.dumps({"algorithm": algorithm, **asdict(args)}, indent=1))
+        write_json({"algorithm": algorithm, **asdict(args)}, self.dir / "args.json")
         self.metrics = open(self.dir / "metrics.jsonl", "a")
         self.metrics.truncate(saved["metrics_bytes"] if saved else 0)  # rows after resume.pt will be written again
         self.progress, self.saved = saved["progress"] if saved else progress, saved
@@ -635,10 +651,13 @@ def stored_args(folder, algorithm):
     path = Path(folder) / "args.json"
     if not path.exists():
         raise UserError(f"nothing to resume: {path} does not exist")
-    stored = json.loads(path.read_text())
-    if stored.pop("algorithm") != algorithm:
-        raise UserError(f"{folder} is not a run of {algorithm}; resume it with the script that started it")
-    return Args(**{**stored, "resume": str(folder)})
+    try:
+        stored = json.loads(path.read_text())
+        if stored.pop("algorithm") != algorithm:
+            raise UserError(f"{folder} is not a run of {algorithm}; resume it with the script that started it")
+        return Args(**{**stored, "resume": str(folder)})
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged or of another version of this script ({error})") from error
 
 
 def run_cli(main, algorithm):
@@ -647,8 +666,9 @@ def run_cli(main, algorithm):
     try:
         args = tyro.cli(Args)
         main(tyro.cli(Args, default=stored_args(args.resume, algorithm)) if args.resume else args)
-    except UserError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    except (UserError, OSError) as error:  # OSError: no space left, no permission
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -9,9 +9,9 @@ not saved with it.
 
 Writes a run folder, and `offline/checkpoints/<env_id>/cql.pt`: policy, observation statistics, score.
 
-The variant is CQL(H) with importance weights. --lagrange and --max-backup are the paper's AntMaze variants; there use
---cql-alpha 5 --lagrange --max-backup --clip-gap -200 --hidden-layers 5 --policy-lr 1e-4. As in the common PyTorch
-versions, and other than in the paper: no entropy in the backup, and a small learning rate for the policy.
+The variant is CQL(H) with importance weights. --lagrange, --max-backup and --clip-gap are the variants that the paper's
+AntMaze runs use. As in the common PyTorch versions, and other than in the paper: no entropy in the backup, and a small
+learning rate for the policy.
 """
 
 import difflib
@@ -26,6 +26,7 @@ import zipfile
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -79,7 +80,7 @@ class Args:
     clip_gap: float | None = None  # lower clip of the gap of a state, in units of Q; None: no clip
 
     compile: bool = True  # compile the update into one graph
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # fp32; medium: bf16 inputs, fp32 sums
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # fp32; medium: bf16 products
     num_threads: int = 1  # CPU threads: such small networks get slower, not faster, once threads exceed the free cores
 
 
@@ -189,6 +190,8 @@ def load_dataset(env_id, dataset=None):
     if not episodes:
         raise UserError(f"{name} is empty")
     env = make_env()
+    if env.spec is None or env.spec.id.split("-v")[0] != gym_id.split("-v")[0]:
+        raise UserError(f"{name} belongs to {env.spec and env.spec.id}, {env_id} needs {gym_id.split('-v')[0]}")
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     for observations, actions, rewards, _ in episodes:
         shapes = np.shape(observations)[1:], np.shape(actions)[1:]
@@ -330,6 +333,8 @@ class Adam:
         self.steps = torch.zeros((), device=self.params[0].device)
         self.mean = [torch.zeros_like(p) for p in self.params]
         self.square = [torch.zeros_like(p) for p in self.params]
+        for tensor in (self.steps, *self.mean, *self.square):
+            torch._dynamo.mark_static_address(tensor)  # CUDA graphs refuse to change other tensors in place
 
     def minimize(self, loss):
         """One step on a scalar loss. Only this optimiser's parameters get gradients, so the critics' weights stay out
@@ -358,18 +363,24 @@ def polyak(target, source, tau):
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
 
 
-def compile_update(update, enabled):
-    """The whole update as one graph (CUDA graphs on a GPU); with `enabled` False the same function as it stands."""
-    if enabled and not torch.cuda.is_available():
-        try:
-            get_cpp_compiler()
-        except InvalidCxxCompiler:
-            print("no C++ compiler found: updates run uncompiled, about a third slower", file=sys.stderr)
-            enabled = False
-    if not enabled:
-        return update
+@cache
+def can_compile():
+    """Is there a C++ compiler? Says so once if not."""
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        print("no C++ compiler found: updates run uncompiled, about a third slower", file=sys.stderr)
+        return False
     torch._dynamo.config.trace_autograd_ops = True  # lets torch.autograd.grad stay inside the graph
-    return torch.compile(update, mode="reduce-overhead" if torch.cuda.is_available() else "default", fullgraph=True)
+    return True
+
+
+def compile_update(update, enabled, device):
+    """The whole update as one graph (CUDA graphs on a GPU); with `enabled` False the same function as it stands."""
+    if not (enabled and can_compile()):
+        return update
+    mode = "reduce-overhead" if torch.device(device).type == "cuda" else "default"
+    return torch.compile(update, mode=mode, fullgraph=True)
 
 
 # end shared
@@ -494,14 +505,21 @@ def mode_of(policy):
 # shared: files
 def save_file(payload, path):
     """torch.save that never leaves half a file: written beside `path`, then renamed. Raises UserError if it fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(payload, temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
         temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path} ({error}); the previous file, if any, is unchanged") from error
+
+
+def write_json(payload, path):
+    """Never leaves half a file either."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(payload, indent=1))
+    os.replace(temporary, path)
 
 
 def load_file(path, device):
@@ -534,7 +552,7 @@ class Run:
         elif not args.resume and (self.dir / "args.json").exists():
             raise UserError(f"{self.dir} holds a run already; continue it with --resume or name another --run-dir")
         self.dir.mkdir(parents=True, exist_ok=True)
-        (self.dir / "args.json").write_text(json.dumps({"algorithm": algorithm, **asdict(args)}, indent=1))
+        write_json({"algorithm": algorithm, **asdict(args)}, self.dir / "args.json")
         self.metrics = open(self.dir / "metrics.jsonl", "a")
         self.metrics.truncate(saved["metrics_bytes"] if saved else 0)  # rows after resume.pt will be written again
         self.progress, self.saved = saved["progress"] if saved else progress, saved
@@ -589,10 +607,13 @@ def stored_args(folder, algorithm):
     path = Path(folder) / "args.json"
     if not path.exists():
         raise UserError(f"nothing to resume: {path} does not exist")
-    stored = json.loads(path.read_text())
-    if stored.pop("algorithm") != algorithm:
-        raise UserError(f"{folder} is not a run of {algorithm}; resume it with the script that started it")
-    return Args(**{**stored, "resume": str(folder)})
+    try:
+        stored = json.loads(path.read_text())
+        if stored.pop("algorithm") != algorithm:
+            raise UserError(f"{folder} is not a run of {algorithm}; resume it with the script that started it")
+        return Args(**{**stored, "resume": str(folder)})
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged or of another version of this script ({error})") from error
 
 
 def run_cli(main, algorithm):
@@ -601,8 +622,9 @@ def run_cli(main, algorithm):
     try:
         args = tyro.cli(Args)
         main(tyro.cli(Args, default=stored_args(args.resume, algorithm)) if args.resume else args)
-    except UserError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    except (UserError, OSError) as error:  # OSError: no space left, no permission
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -653,7 +675,7 @@ def main(args: Args):
     nets |= {"targets": deepcopy(nets["critics"]), "log_alpha": Scalar(0.0), "log_weight": Scalar(0.0)}
     nets = {name: net.to(device) for name, net in nets.items()}
     optimizers, update = make_update(args, nets, obs_dim, act_dim)
-    update, generator = compile_update(update, args.compile), torch.Generator(device).manual_seed(args.seed)
+    update, generator = compile_update(update, args.compile, device), torch.Generator(device).manual_seed(args.seed)
     run.restore(nets, optimizers, generator)
 
     actor, first, clock, counted = nets["actor"], run.progress["step"], time.time(), 0

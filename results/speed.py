@@ -196,12 +196,12 @@ def our_update(name, compiled, precision):
     stats, bf16 = (torch.zeros(OBS), torch.ones(OBS)), precision == "medium"
     if name == "sac":
         _, _, update = script.make_sac(OBS, ACT, "cpu", bf16)
-        return script.compile_update(update, compiled)
+        return script.compile_update(update, compiled, "cpu")
     nets = {"actor": script.SquashedGaussianActor(*stats, ACT, [256] * 3), "log_alpha": script.Scalar(0.0)}
     if name == "cql":
         nets |= {"critics": script.CqlCritics(*stats, ACT, [256] * 3, bf16=bf16), "log_weight": script.Scalar(0.0)}
         nets["targets"] = deepcopy(nets["critics"])
-        return script.compile_update(script.make_update(script.Args(), nets, OBS, ACT)[1], compiled)
+        return script.compile_update(script.make_update(script.Args(), nets, OBS, ACT)[1], compiled, "cpu")
     args, actor = script.Args(), nets["actor"]
     script.fill_defaults(args)
     nets["critics"] = script.Critics(*stats, ACT, [256] * 3, layer_norm=True, bf16=bf16)
@@ -209,7 +209,7 @@ def our_update(name, compiled, precision):
     optimizers = {key: script.Adam(nets[key].parameters(), 3e-4) for key in ("actor", "critics", "log_alpha")}
     stages = ("reevaluate", "align", "finetune")
     update = script.make_updates(args, nets, optimizers, OBS, ACT)[stages.index(name.split()[1])]
-    update, multiplier = script.compile_update(update, compiled), torch.tensor(1.0)
+    update, multiplier = script.compile_update(update, compiled, "cpu"), torch.tensor(1.0)
     return (lambda *batch: update(*batch, multiplier)) if name == "o2o_sac finetune" else update
 
 

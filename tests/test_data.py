@@ -102,6 +102,8 @@ def test_minari_dataset_made_on_the_spot(minari_store):
     data = o2o_sac.load_dataset(TASK, name)
     assert len(data.rows) == 5 and data.rows[:, -1].sum() == 0  # truncated, not terminated: it keeps its bootstrap
     assert data.make_env().spec.id == "Hopper-v5"
+    with pytest.raises(o2o_sac.UserError, match="Hopper-v5, walker2d-medium-v2 needs Walker2d"):
+        o2o_sac.load_dataset("walker2d-medium-v2", name)
     with pytest.raises(o2o_sac.UserError, match="shapes"):
         o2o_sac.load_dataset("walker2d-medium-v2", write_d4rl(minari_store / "d.hdf5"))
 

@@ -37,16 +37,18 @@ def test_missing_and_corrupt_checkpoints(capsys, monkeypatch, tmp_path, checkpoi
     assert "incomplete" in refused(capsys, monkeypatch, o2o_sac, "o2o_sac", "--checkpoint", broken)
     broken.write_bytes(b"hello")
     assert "incomplete" in refused(capsys, monkeypatch, o2o_sac, "o2o_sac", "--checkpoint", broken)
+    torch.save({"format": 1}, broken)
+    assert "is missing" in refused(capsys, monkeypatch, o2o_sac, "o2o_sac", "--checkpoint", broken)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda saved: saved.update(format=2), "format 1"),
+        (lambda saved: saved.update(format=2), "format 2"),
         (lambda saved: saved.update(env_id="walker2d-medium-v2"), "walker2d-medium-v2"),
         (lambda saved: saved["policy"].update(kind="decision_transformer"), "decision_transformer"),
         (lambda saved: saved["policy"].update(hidden=[256]), "do not fit"),
-        (lambda saved: saved["actor"].update(obs_mean=torch.zeros(5), obs_std=torch.ones(5)), "do not fit"),
+        (lambda saved: saved["actor"].update(obs_mean=torch.zeros(5), obs_std=torch.ones(5)), "5 observations"),
     ],
 )
 def test_checkpoints_that_do_not_fit(capsys, monkeypatch, tmp_path, checkpoint, change, words):
@@ -75,6 +77,9 @@ def test_resume_needs_a_run_of_this_algorithm(capsys, monkeypatch, tmp_path):
     assert "nothing to resume" in refused(capsys, monkeypatch, o2o_sac, "o2o_sac", "--resume", tmp_path / "none")
     (tmp_path / "args.json").write_text(json.dumps({"algorithm": "cql", "seed": 1}))
     assert "not a run of o2o_sac" in refused(capsys, monkeypatch, o2o_sac, "o2o_sac", "--resume", tmp_path)
+    for damaged in ("", json.dumps({"algorithm": "o2o_sac", "no_such_flag": 1})):
+        (tmp_path / "args.json").write_text(damaged)
+        assert "damaged" in refused(capsys, monkeypatch, o2o_sac, "o2o_sac", "--resume", tmp_path)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -95,6 +100,15 @@ def test_a_full_disk_leaves_the_previous_file_whole(monkeypatch, tmp_path):
         o2o_sac.save_file({"value": 2}, path)
     assert torch.load(path, weights_only=True) == {"value": 1}
     assert os.listdir(tmp_path) == ["model.pt"]
+
+
+def test_an_error_of_the_file_system_is_one_sentence_too(capsys, monkeypatch, checkpoint, tmp_path):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(o2o_sac, "write_json", full)
+    argv = ("--checkpoint", checkpoint, "--run-dir", tmp_path / "run")
+    assert "No space left" in refused(capsys, monkeypatch, o2o_sac, "o2o_sac", *argv)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tiny, monkeypatch, tmp_path):
@@ -118,9 +132,10 @@ def test_no_compiler_falls_back_to_eager(monkeypatch, capsys):
         raise o2o_sac.InvalidCxxCompiler()
 
     monkeypatch.setattr(o2o_sac, "get_cpp_compiler", missing)
-    update = o2o_sac.compile_update(len, True)
-    assert update is len
-    assert "no C++ compiler" in capsys.readouterr().err
+    o2o_sac.can_compile.cache_clear()
+    assert o2o_sac.compile_update(len, True, "cpu") is len and o2o_sac.compile_update(max, True, "cpu") is max
+    assert capsys.readouterr().err.count("no C++ compiler") == 1
+    o2o_sac.can_compile.cache_clear()
 
 
 def test_no_renderer_is_explained(tmp_path):

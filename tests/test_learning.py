@@ -3,9 +3,10 @@
 import collect
 import cql
 import numpy as np
-import o2o_sac
 import pytest
 from conftest import TASK
+
+import o2o_sac
 
 
 @pytest.mark.slow

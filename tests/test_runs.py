@@ -68,10 +68,12 @@ def test_same_seed_same_numbers_another_seed_others(tiny, tmp_path):
 
 
 def test_evaluating_more_often_changes_no_training_number(tiny, tmp_path):
-    for name, every in (("often", 2), ("once", 12)):
-        args = tiny(run_dir=str(tmp_path / name), eval_every=every, eval_every_updates=every, reference="interval")
-        args.reference_every = 100
+    for name, every in (("often", 1), ("once", 3)):
+        args = tiny(run_dir=str(tmp_path / name), eval_every=4 * every, eval_every_updates=100 * every)
+        args.reference, args.reference_every = "interval", 5
+        args.reevaluation_steps = args.alignment_steps = 300
         o2o_sac.main(args)
+    assert len(metrics(tmp_path / "often")) == 9 and len(metrics(tmp_path / "once")) == 3
     assert_same(weights(tmp_path / "often"), weights(tmp_path / "once"))
     assert json.loads((tmp_path / "once/summary.json").read_text())["selection_steps"] == 0
 
@@ -84,7 +86,7 @@ class Recorder(gym.Wrapper):
     def step(self, action):
         before = self.env.unwrapped._get_obs()
         result = self.env.step(action)
-        self.log.append((before, np.array(action), *result[:3]))
+        self.log.append((before, np.array(action), *result[:4]))
         return result
 
 
@@ -96,13 +98,16 @@ def test_the_buffer_holds_what_the_environment_saw(tiny, tmp_path, monkeypatch):
 
         def make_env(**kwargs):
             made.append(1)  # the first is for evaluation, the second trains
-            return Recorder(data.make_env(**kwargs), log) if len(made) == 2 else data.make_env(**kwargs)
+            if len(made) != 2:
+                return data.make_env(**kwargs)
+            return Recorder(data.make_env(max_episode_steps=7, **kwargs), log)
 
         return data._replace(make_env=make_env)
 
     monkeypatch.setattr(o2o_sac, "load_dataset", load)
     o2o_sac.main(tiny(online_steps=60, eval_every=60, warm_up=50))
     online = torch.load(tmp_path / "run/resume.pt", weights_only=True)["online"]
+    assert online.untyped_storage().nbytes() == online.nbytes, "the offline data were saved with it"
     obs, action, reward, next_obs, terminated = o2o_sac.split(online, 11, 3)
     assert len(log) == len(online) == 60
     np.testing.assert_allclose(action, np.stack([row[1] for row in log]), rtol=1e-6)
@@ -110,6 +115,7 @@ def test_the_buffer_holds_what_the_environment_saw(tiny, tmp_path, monkeypatch):
     np.testing.assert_allclose(next_obs, np.stack([row[2] for row in log]), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(reward, [row[3] for row in log], rtol=1e-5)
     assert terminated.tolist() == [float(row[4]) for row in log]
+    assert any(row[5] and not row[4] for row in log), "no time limit was met"
 
 
 def test_a_complete_run_can_be_made_longer(tiny, tmp_path):
@@ -151,10 +157,82 @@ def test_the_reference_is_renewed_only_by_a_better_policy_or_at_intervals(tiny, 
         same = all(torch.equal(saved["reference"][key], value) for key, value in saved["actor"].items())
         return same, summary["selection_steps"]
 
-    assert reference_equals_actor([0.5, 0.1, 0.1, 0.9]) == (True, 2)
-    assert reference_equals_actor([0.5, 0.1, 0.1, 0.4]) == (False, 2)
-    assert reference_equals_actor([0.5, 0.1, 0.1, 0.4], reference="interval", reference_every=1) == (True, 0)
-    assert reference_equals_actor([0.5, 0.1, 0.1, 0.9], reference="interval", reference_every=2) == (False, 0)
+    assert reference_equals_actor([0.5, 0.1, 0.1, 0.9]) == (True, 3)  # offline, aligned, one online
+    assert reference_equals_actor([0.5, 0.1, 0.1, 0.4]) == (False, 3)
+    assert reference_equals_actor([0.5, 0.9, 0.9, 0.8]) == (False, 3)
+    assert reference_equals_actor([0.5, 0.1, 0.1, 0.4], reference="interval", reference_every=2) == (True, 0)
+    assert reference_equals_actor([0.5, 0.1, 0.1, 0.9], reference="interval", reference_every=3) == (False, 0)
+
+
+def test_an_aligned_policy_that_scores_higher_becomes_the_reference(tiny, tmp_path, monkeypatch):
+    for aligned, expected in ((0.9, True), (0.1, False)):
+        left = [0.5, aligned, aligned, 0.0]
+        scripted = lambda *args, left=left: (0.0 if len(args) > 4 else 3234.3 * left.pop(0), 0.0, 1)  # noqa: E731
+        monkeypatch.setattr(o2o_sac, "evaluate", scripted)
+        run_dir = tmp_path / str(aligned)
+        o2o_sac.main(tiny(run_dir=str(run_dir), online_steps=4, warm_up=4))  # no updates: the actor stays the aligned
+        nets = torch.load(run_dir / "resume.pt", weights_only=True)["nets"]
+        assert all(torch.equal(nets["reference"][k], v) for k, v in nets["actor"].items()) == expected
+        assert all(torch.equal(nets["targets"][k], v) for k, v in nets["critics"].items())
+
+
+def test_without_alignment_the_targets_start_as_the_reevaluated_critics(tiny, tmp_path):
+    o2o_sac.main(tiny(align=False, online_steps=4, warm_up=4))
+    nets = torch.load(tmp_path / "run/resume.pt", weights_only=True)["nets"]
+    assert all(torch.equal(nets["targets"][k], v) for k, v in nets["critics"].items())
+
+
+def test_without_the_constraint_lambda_has_no_effect(tiny, tmp_path):
+    for name, changes in (("a", {"multiplier": 1.0}), ("b", {"multiplier": 9.0})):
+        o2o_sac.main(tiny(run_dir=str(tmp_path / name), constrain=False, **changes))
+    actors = [{k: v for k, v in weights(tmp_path / name).items() if "multiplier" not in k} for name in "ab"]
+    assert_same(*actors)
+
+
+def test_updates_and_multiplier_steps_are_counted_as_documented(tiny, monkeypatch):
+    calls = {"updates": 0, "multiplier": 0}
+    real_updates, real_loss = o2o_sac.make_updates, o2o_sac.multiplier_loss
+
+    def make_updates(*args):
+        *stages, finetune = real_updates(*args)
+
+        def counted(*batch):
+            calls["updates"] += 1
+            return finetune(*batch)
+
+        return *stages, counted
+
+    def loss(*args):
+        calls["multiplier"] += 1
+        return real_loss(*args)
+
+    monkeypatch.setattr(o2o_sac, "make_updates", make_updates)
+    monkeypatch.setattr(o2o_sac, "multiplier_loss", loss)
+    o2o_sac.main(tiny(online_steps=12, warm_up=5, updates_per_step=3))
+    assert calls == {"updates": 21, "multiplier": 7}
+
+
+class Countdown(gym.Env):
+    """Reward 1, 2, 4, then the end."""
+
+    observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Box(-1, 1, (1,))
+
+    def reset(self, seed=None, options=None):
+        self.reward = 0.5
+        return np.zeros(2), {}
+
+    def step(self, action):
+        self.reward *= 2
+        return np.zeros(2), self.reward, self.reward == 4, False, {}
+
+
+def test_evaluate_by_hand():
+    def policy(obs, noise):
+        return torch.zeros(len(obs), 1), torch.full((len(obs),), -3.0)
+
+    mean_return, soft, steps = o2o_sac.evaluate(policy, [Countdown(), Countdown()], 0, "cpu", gamma=0.5, alpha=0.1)
+    assert (mean_return, steps) == (7, 6)
+    assert soft == pytest.approx((1 + 0.3) + 0.5 * (2 + 0.3) + 0.25 * (4 + 0.3))  # entropy is a bonus
 
 
 def test_another_policy_class_is_fitted(tiny, tmp_path, checkpoint):

@@ -96,3 +96,10 @@ def test_documented_commands_parse():
             except SystemExit as stop:
                 if stop.code:  # --help ends with 0
                     pytest.fail(f"{where}: python {script} {shlex.join(argv)}")
+
+
+def test_the_default_checkpoint_ships_and_fits():
+    args = importlib.import_module("o2o_sac").Args()
+    path = ROOT / "offline/checkpoints" / args.env_id / "cql.pt"
+    _, saved = importlib.import_module("o2o_sac").load_policy(path, args.env_id, 11, 3, 0.1)
+    assert saved["step"] >= 100_000 and path.stat().st_size < 2_000_000

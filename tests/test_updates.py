@@ -175,35 +175,35 @@ def test_a_violated_constraint_raises_the_penalty_and_pulls_the_actor_back():
 
 
 def run_updates(name, compiled):
-    """Parameters after three updates."""
+    """-> how far three updates moved each network. Large learning and Polyak rates, so that no step can hide."""
     if name == "cql":
-        nets, update = cql_parts(lagrange=True, max_backup=True, clip_gap=-200.0)
-        update = cql.compile_update(update, compiled)
-        for step in range(3):
-            update(batch(step)[0], torch.randn(10, BATCH, ACT, generator=torch.Generator().manual_seed(step)))
+        nets, update = cql_parts(
+            lagrange=True, max_backup=True, clip_gap=-200.0, tau=0.5, policy_lr=0.01, critic_lr=0.01
+        )
     elif name == "behaviour":
         torch.manual_seed(0)
-        nets, _, update = collect.make_sac(OBS, ACT, "cpu")
-        update = collect.compile_update(update, compiled)
-        for step in range(3):
-            update(*batch(step))
-    elif name == "fit":
-        nets = small_nets()
-        teacher = small_nets(seed=1)["actor"]
-        fit = o2o_sac.fit_update(teacher, nets["actor"], o2o_sac.Adam(nets["actor"].parameters(), 1e-3))
-        fit = o2o_sac.compile_update(fit, compiled)
-        for step in range(3):
-            fit(*batch(step))
+        nets, _, update = collect.make_sac(OBS, ACT, "cpu", tau=0.5, lr=0.01)
     else:
         nets = small_nets()
-        update = o2o_sac.compile_update(sac_updates(nets)[STAGES[name][0]], compiled)
-        for step in range(3):
-            update(*batch(step), *([torch.tensor(0.7)] if name == "finetune" else []))
-    return {key: flat(net) for key, net in nets.items()}
+        if name == "fit":
+            optimizer = o2o_sac.Adam(nets["actor"].parameters(), 0.01)
+            update = o2o_sac.fit_update(small_nets(seed=1)["actor"], nets["actor"], optimizer)
+        else:
+            update = sac_updates(nets, tau=0.5, lr=0.01)[STAGES[name][0]]
+    before = {key: flat(net) for key, net in nets.items()}
+    update = o2o_sac.compile_update(update, compiled, "cpu")
+    for step in range(3):
+        rows, noise = batch(step)
+        if name == "cql":
+            noise = torch.randn(10, BATCH, ACT, generator=torch.Generator().manual_seed(step))
+        update(rows, noise, *([torch.tensor(0.7)] if name == "finetune" else []))
+    return {key: flat(net) - before[key] for key, net in nets.items()}
 
 
 @pytest.mark.parametrize("name", ["reevaluate", "align", "finetune", "fit", "cql", "behaviour"])
 def test_compiled_equals_eager(name):
     eager, compiled = run_updates(name, False), run_updates(name, True)
-    for key in eager:
-        torch.testing.assert_close(compiled[key], eager[key], rtol=1e-3, atol=2e-5)
+    written = {"fit": {"actor"}}.get(name) or (STAGES[name][1] if name in STAGES else set(eager))
+    for key, moved in eager.items():
+        assert (compiled[key].norm() > 1e-3) == (key in written), key
+        assert (compiled[key] - moved).norm() <= 0.02 * moved.norm(), key
