@@ -398,7 +398,8 @@ def behaviour_schedule(quality, policies, num_steps):
 def rollouts(weights, hidden, gym_id, num_steps, num_envs, seed, bar):
     """Whole episodes, at least `num_steps` transitions of them, from `num_envs` environments with one policy call for
     all. An environment stops after the episode in which its share of the steps is complete, so no episode is cut."""
-    envs = [gym.make(gym_id) for _ in range(min(num_envs, num_steps))]
+    # at least 5,000 steps for each: the last episode, which is finished, then adds little
+    envs = [gym.make(gym_id) for _ in range(min(num_envs, max(1, num_steps // 5_000)))]
     obs_dim, act_dim = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
     actor = None
     if weights is not None:
