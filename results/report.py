@@ -22,7 +22,7 @@ TITLES = {
     "no-reevaluate": "no re-evaluation",
     "no-align": "no alignment",
     "no-constrain": "no constraint",
-    "full-fp32": "full method, fp32",
+    "full-8000": "full method, 8,000 steps",
 }
 
 
@@ -44,14 +44,14 @@ def mean_of(values):
 
 def table(runs):
     lines = [
-        "| variant | seeds | offline | aligned | lowest online | mean online | last 5 evaluations | best |",
-        "|---|---|---|---|---|---|---|---|",
+        "| variant | seeds | offline | aligned | initial drop | lowest online | mean online | last 5 evaluations | best |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for variant, group in runs.items():
         summaries = [summary for summary, _ in group]
         lowest = [min(score for _, score in summary["scores"]) for summary in summaries]
-        cells = [mean_of(summary[key] for summary in summaries) for key in ("offline_score", "aligned_score")]
-        cells += [mean_of(lowest)]
+        before = ("offline_score", "aligned_score", "initial_drop")
+        cells = [mean_of(summary[key] for summary in summaries) for key in before] + [mean_of(lowest)]
         cells += [mean_of(summary[key] for summary in summaries) for key in ("auc", "final_score", "best_score")]
         lines.append(f"| {TITLES[variant]} | {len(group)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -83,8 +83,8 @@ def main():
     for script in re.findall(r"<!-- results: (\w+) -->", text):
         runs = load(script)
         figure(runs, RESULTS / f"{script}.png")
-        marked = rf"(<!-- results: {script} -->\n).*?(\n<!-- end -->)"
-        text = re.sub(marked, lambda match, runs=runs: match[1] + table(runs) + match[2], text, flags=re.S)
+        marked = rf"(<!-- results: {script} -->\n).*?(<!-- end -->)"
+        text = re.sub(marked, lambda match, runs=runs: match[1] + table(runs) + "\n" + match[2], text, flags=re.S)
     readme.write_text(text)
 
 
