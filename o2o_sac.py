@@ -19,6 +19,9 @@ Differs from the released code: evaluation has environments and seeds of its own
 environment in mid-episode); the critics are stacked in one batched matmul. Same as there, not in the paper: the
 asymmetric weight of the multiplier's loss, and log pi_ref clamped at -50, below which the constraint has no gradient.
 The ablation --no-reevaluate starts stages 2 and 3 from untrained critics, since an offline method's own are not used.
+
+Blocks between `# shared:` and `# end shared` (tasks, data, networks, files, plots) are the same in every script. The
+method is the rest: from td_target to train, 300 lines.
 """
 
 import difflib

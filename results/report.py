@@ -63,7 +63,8 @@ def figure(runs, path):
     for axis, stage in zip(axes, ("align", "online"), strict=True):
         for i, (variant, group) in enumerate(runs.items()):
             curves = [[(r["step"], r[f"{stage}/score"]) for r in rows if r["stage"] == stage] for _, rows in group]
-            if all(curves):
+            longer = variant == "full" and "full-8000" in runs  # the same runs, continued
+            if all(curves) and not longer:
                 steps, scores = [step for step, _ in curves[0]], np.array([[s for _, s in curve] for curve in curves])
                 axis.plot(steps, scores.mean(0), label=TITLES[variant], color=f"C{i}")
                 axis.fill_between(steps, scores.min(0), scores.max(0), color=f"C{i}", alpha=0.15)
