@@ -43,10 +43,9 @@ def mean_of(values):
 
 
 def table(runs):
-    lines = [
-        "| variant | seeds | offline | aligned | initial drop | lowest online | mean online | last 5 evaluations | best |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ("variant", "seeds", "offline", "aligned", "initial drop", "lowest online", "mean online")
+    columns += ("last 5 evaluations", "best")
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for variant, group in runs.items():
         summaries = [summary for summary, _ in group]
         lowest = [min(score for _, score in summary["scores"]) for summary in summaries]
