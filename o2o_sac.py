@@ -1035,7 +1035,7 @@ def draw_curve(run):
         points = [row for row in rows if row["stage"] == stage]
         for key in ("q_mean", "v_start", "soft_return") if stage == "reevaluate" else ("score", "score_sampled"):
             if f"{stage}/{key}" in points[0]:
-                axis.plot([row["step"] for row in points], [row[f"{stage}/{key}"] for row in points], label=key)
+                axis.plot([row["step"] for row in points], [row[f"{stage}/{key}"] for row in points], ".-", label=key)
         if stage != "reevaluate":
             axis.axhline(run.progress["offline_score"], color="black", linestyle="--", label="offline policy")
         axis.set(title=stage, xlabel="environment steps" if stage == "online" else "updates")
