@@ -207,3 +207,16 @@ def test_compiled_equals_eager(name):
     for key, moved in eager.items():
         assert (compiled[key].norm() > 1e-3) == (key in written), key
         assert (compiled[key] - moved).norm() <= 0.02 * moved.norm(), key
+
+
+def test_the_penalty_enters_the_bellman_target():
+    """One update from the same state: with lambda > 0 and a policy far from its reference the critics learn less value."""
+    moved = {}
+    for multiplier in (0.0, 5.0):
+        nets = small_nets()
+        for parameter in nets["reference"].parameters():
+            torch.nn.init.zeros_(parameter)
+        before = flat(nets["critics"])
+        sac_updates(nets)[2](*batch(0), torch.tensor(multiplier))
+        moved[multiplier] = flat(nets["critics"]) - before
+    assert not torch.equal(moved[0.0], moved[5.0])
