@@ -588,6 +588,7 @@ def make_updates(args, nets, optimizers, obs_dim, act_dim):
     return reevaluate, align, finetune
 
 
+# shared: offline_loop
 def numbers(**values):
     return {key: value.detach() for key, value in values.items()}
 
@@ -620,6 +621,10 @@ def report(run, stage, step, values):
     draw_curve(run)
 
 
+# end shared
+
+
+# shared: online_data
 def offline_part(data, part):
     """The rows that the online buffer starts with: all, or with `part` those of the best 50 episodes."""
     best = torch.from_numpy(np.argsort(data.returns)[-50:].copy())
@@ -635,6 +640,19 @@ def draw_batches(args, generator, first, last, count, device):
     if args.offline_data == "none":
         parts = [(first, last, args.batch_size)]
     return torch.cat([torch.randint(a, b, (count, n), generator=generator, device=device) for a, b, n in parts], dim=1)
+
+
+def choose_reference(args, run, score, steps):
+    """--reference best: the actor becomes pi_ref if its score beats that of every pi_ref so far. Such an evaluation is
+    interaction with the environment, so its `steps` are counted."""
+    if args.reference == "best" and args.constrain:
+        run.progress["selection_steps"] += steps
+        if score > run.progress["reference_score"]:
+            run.progress["reference_score"] = score
+            run.nets["reference"].load_state_dict(run.nets["actor"].state_dict())
+
+
+# end shared
 
 
 def train_online(run, args, update, data, device, score_of):
@@ -685,16 +703,6 @@ def train_online(run, args, update, data, device, score_of):
         report(run, "online", step, scores | row)
         run.save(online=buffer[first : first + step].cpu().clone(), obs=torch.from_numpy(obs), env=env_state(env))
         seconds, counted = 0.0, 0
-
-
-def choose_reference(args, run, score, steps):
-    """--reference best: the actor becomes pi_ref if its score beats that of every pi_ref so far. Such an evaluation is
-    interaction with the environment, so its `steps` are counted."""
-    if args.reference == "best" and args.constrain:
-        run.progress["selection_steps"] += steps
-        if score > run.progress["reference_score"]:
-            run.progress["reference_score"] = score
-            run.nets["reference"].load_state_dict(run.nets["actor"].state_dict())
 
 
 def fit_update(teacher, actor, optimizer):
@@ -1033,7 +1041,8 @@ def draw_curve(run):
     figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.5), squeeze=False, layout="constrained")
     for axis, stage in zip(axes[0], panels, strict=True):
         points = [row for row in rows if row["stage"] == stage]
-        for key in ("q_mean", "v_start", "soft_return") if stage == "reevaluate" else ("score", "score_sampled"):
+        values = ("q_mean", "v_start", "soft_return", "discounted_return")
+        for key in values if stage == "reevaluate" else ("score", "score_sampled"):
             if f"{stage}/{key}" in points[0]:
                 axis.plot([row["step"] for row in points], [row[f"{stage}/{key}"] for row in points], ".-", label=key)
         if stage != "reevaluate":

@@ -9,7 +9,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "offline")]
 import collect  # noqa: E402
 import cql  # noqa: E402
 import pytest  # noqa: E402
+import td3_bc  # noqa: E402
 import torch  # noqa: E402
+
+import o2o_sac  # noqa: E402
+import o2o_td3  # noqa: E402
 
 torch.set_num_threads(1)
 TASK = "hopper-medium-v2"
@@ -25,24 +29,37 @@ def minari_store(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def checkpoint(minari_store, tmp_path_factory):
-    """A barely trained CQL checkpoint, small and quick."""
-    folder = tmp_path_factory.mktemp("cql")
-    path = folder / "cql.pt"
-    args = cql.Args(updates=4, eval_every=2, eval_episodes=1, batch_size=16, compile=False)
-    args.output, args.run_dir = str(path), str(folder / "run")
-    cql.main(args)
-    return path
+def checkpoints(minari_store, tmp_path_factory):
+    """Barely trained offline policies, small and quick: those that each script takes by default."""
+    paths = {}
+    for module, script in ((cql, o2o_sac), (td3_bc, o2o_td3)):
+        folder = tmp_path_factory.mktemp(module.__name__)
+        paths[script] = folder / f"{module.__name__}.pt"
+        args = module.Args(updates=4, eval_every=2, eval_episodes=1, batch_size=16, compile=False)
+        args.output, args.run_dir = str(paths[script]), str(folder / "run")
+        module.main(args)
+    return paths
+
+
+@pytest.fixture(scope="session")
+def checkpoint(checkpoints):
+    """A CQL checkpoint."""
+    return checkpoints[o2o_sac]
+
+
+@pytest.fixture(params=[o2o_sac, o2o_td3], ids=lambda module: module.__name__)
+def script(request):
+    """Each of the scripts in turn, for what all of them promise."""
+    return request.param
 
 
 @pytest.fixture
-def tiny(checkpoint, tmp_path):
-    """Arguments of a run of o2o_sac that takes seconds; keyword arguments change them."""
-    import o2o_sac
+def tiny(script, checkpoints, tmp_path):
+    """Arguments of a run of `script` that takes seconds; keyword arguments change them."""
 
     def make(**changes):
         settings = {
-            "checkpoint": str(checkpoint),
+            "checkpoint": str(checkpoints[script]),
             "run_dir": str(tmp_path / "run"),
             "reevaluation_steps": 4,
             "alignment_steps": 4,
@@ -56,6 +73,6 @@ def tiny(checkpoint, tmp_path):
             "fit_steps": 3,
             "compile": False,
         }
-        return o2o_sac.Args(**(settings | changes))
+        return script.Args(**(settings | changes))
 
     return make

@@ -111,17 +111,17 @@ def test_an_error_of_the_file_system_is_one_sentence_too(capsys, monkeypatch, ch
     assert "No space left" in refused(capsys, monkeypatch, o2o_sac, "o2o_sac", *argv)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tiny, monkeypatch, tmp_path):
-    real = o2o_sac.td_target
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(script, tiny, monkeypatch, tmp_path):
+    real = script.td_target
     calls = {"n": 0}
 
     def spoiled(*args, **kwargs):
         calls["n"] += 1
         return real(*args, **kwargs) * (float("nan") if calls["n"] > 10 else 1)
 
-    monkeypatch.setattr(o2o_sac, "td_target", spoiled)
-    with pytest.raises(o2o_sac.UserError, match="online/critic_loss is not finite at step 8"):
-        o2o_sac.main(tiny())
+    monkeypatch.setattr(script, "td_target", spoiled)
+    with pytest.raises(script.UserError, match="online/critic_loss is not finite at step 8"):
+        script.main(tiny())
     saved = torch.load(tmp_path / "run/resume.pt", weights_only=True)
     assert all(value.isfinite().all() for value in saved["nets"]["critics"].values())
     assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "failed"

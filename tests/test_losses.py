@@ -5,11 +5,13 @@ import math
 import collect
 import cql
 import pytest
+import td3_bc
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import o2o_sac
+import o2o_td3
 
 
 def tensor(*values):
@@ -196,3 +198,84 @@ def test_medium_replay_is_the_ladder_in_equal_shares():
     assert collect.behaviour_schedule("medium-replay", policies, 10) == [(None, 2), ("b", 3), ("c", 3), ("d", 2)]
     assert collect.behaviour_schedule("medium-expert", policies, 10) == [("m", 5), ("e", 5)]
     assert collect.behaviour_schedule("random", {}, 10) == [(None, 10)]
+
+
+def test_td3_td_target_by_hand():
+    next_q = torch.stack([tensor(10, 10, 10), tensor(8, 8, 12)])
+    target = o2o_td3.td_target(tensor(1, 1, 1), tensor(0, 1, 0), next_q, gamma=0.9, penalty=tensor(0, 0, 3))
+    torch.testing.assert_close(target, tensor(1 + 0.9 * 8, 1, 1 + 0.9 * (10 - 3)))
+    torch.testing.assert_close(td3_bc.td_target(tensor(1, 1, 1), tensor(0, 1, 0), next_q, 0.9), tensor(8.2, 1, 10))
+
+
+def test_smoothed_by_hand():
+    action = torch.tensor([[0.0, 0.9, -0.9]])
+    noise = torch.tensor([[1.0, 9.0, 0.5]])  # 0.2; 1.8 clipped to 0.5, then the sum to 1; 0.1
+    torch.testing.assert_close(o2o_td3.smoothed(action, noise, 0.2, 0.5), torch.tensor([[0.2, 1.0, -0.8]]))
+
+
+def test_td3_alignment_target_by_hand():
+    def target(q_mode, q, *action, bump=1.0):
+        action = torch.tensor([action])
+        q = torch.tensor(q).unsqueeze(1)
+        result = o2o_td3.alignment_target(tensor(q_mode), q, action, torch.zeros_like(action), bump, cap=0.2)
+        return result.squeeze(1).tolist()
+
+    # d^2 = (0.1^2 + 0.1^2) / 2 = 0.01: a positive value is divided by 1.01, a negative one multiplied
+    assert target(10.0, [12.0, 11.0], 0.1, -0.1) == pytest.approx([10 / 1.01] * 2)
+    assert target(-10.0, [-8.0, -9.0], 0.1, -0.1) == pytest.approx([-10.1] * 2)
+    assert target(10.0, [3.0, 12.0], 0.1, 0.1) == pytest.approx([3, 10 / 1.01])  # never raised, critic by critic
+    assert target(10.0, [10.0, 11.0], 0.0, 0.0) == pytest.approx([10, 10])  # the policy's own action keeps its value
+    assert target(-10.0, [-10.0, -9.0], 0.0, 0.0) == pytest.approx([-10, -10])
+    assert target(0.0, [1.0, -1.0], 0.3, 0.3) == pytest.approx([0, -1])
+    # beyond the cap 0.2 nothing more happens: 4 percent, as at d = 0.2 itself
+    assert target(10.0, [12.0, 12.0], 0.2, 0.2) == pytest.approx([10 / 1.04] * 2)
+    assert target(10.0, [12.0, 12.0], 0.9, -0.7) == pytest.approx([10 / 1.04] * 2)
+    assert target(-10.0, [-1.0, -1.0], 0.9, -0.7) == pytest.approx([-10.4] * 2)
+    assert target(10.0, [12.0, 12.0], 0.1, -0.1, bump=5.0) == pytest.approx([10 / 1.05] * 2)
+
+
+def test_td3_actor_loss_by_hand():
+    q, penalty = tensor(-6, 2).requires_grad_(), tensor(0.5, 1.5)
+    loss = o2o_td3.actor_loss(q, penalty)
+    assert loss.item() == pytest.approx((6 - 2) / 2 / 4 + 1)  # mean|Q| = 4
+    gradient = torch.autograd.grad(loss, q)[0]
+    torch.testing.assert_close(gradient, tensor(-1 / 8, -1 / 8))  # the scale is a constant
+
+
+def test_td3_bc_actor_loss_by_hand():
+    action, data = torch.tensor([[0.5, 0.0]]), torch.tensor([[0.1, 0.2]])
+    loss = td3_bc.actor_loss(tensor(-6, 2), action, data, bc_alpha=2.5)
+    assert loss.item() == pytest.approx(2.5 * 2 / 4 + (0.16 + 0.04) / 2)
+
+
+def test_td3_multiplier_and_limit():
+    def gradient(slack):
+        log_multiplier = torch.zeros((), requires_grad=True)
+        loss = o2o_td3.multiplier_loss(log_multiplier.exp(), slack, kappa=0.7)
+        return torch.autograd.grad(loss, log_multiplier)[0].item()
+
+    assert gradient(torch.full((2, 2), -1.0)) == pytest.approx(-0.7)  # violated: descent raises lambda
+    assert gradient(torch.full((2, 2), 1.0)) == pytest.approx(0.3)
+    assert gradient(torch.tensor([[-1.0, 1.0], [1.0, 1.0]])) == pytest.approx((-0.7 + 3 * 0.3) / 4)  # by element
+    args = o2o_td3.Args(distance_start=0.0025, distance_end=0.04, distance_steps=100)
+    limits = [o2o_td3.distance_limit(args, t) for t in (0, 50, 100, 900)]
+    assert limits == pytest.approx([0.0025, 0.02125, 0.04, 0.04])
+
+
+def test_td3_defaults_depend_on_the_data_and_the_command_line_wins():
+    for task, expected in (
+        ("hopper-medium-v2", (0.1, 0.0025, 0.04)),
+        ("walker2d-medium-expert-v2", (0.05, 2.5e-5, 6.25e-4)),
+    ):
+        args = o2o_td3.Args(env_id=task)
+        o2o_td3.fill_defaults(args)
+        assert (args.exploration_noise, args.distance_start, args.distance_end) == expected
+    args = o2o_td3.Args(reference="interval", exploration_noise=0.3)
+    o2o_td3.fill_defaults(args)
+    assert args.distance_end == 0.01 and args.exploration_noise == 0.3
+
+
+def test_the_first_critic_alone_is_the_first_of_all():
+    critics = o2o_td3.Td3Critics(torch.randn(4), torch.rand(4) + 0.5, 2, (8, 8), n=3, layer_norm=True)
+    obs, action = torch.randn(5, 4), torch.randn(5, 2)
+    torch.testing.assert_close(critics.first(obs, action), critics(obs, action)[0])

@@ -12,6 +12,7 @@ import cql
 import gymnasium as gym
 import numpy as np
 import pytest
+import td3_bc
 import torch
 from conftest import ROOT
 
@@ -33,8 +34,8 @@ def metrics(run_dir):
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_leaves_everything_it_promises(tiny, tmp_path):
-    summary = o2o_sac.main(tiny())
+def test_a_run_leaves_everything_it_promises(script, tiny, tmp_path):
+    summary = script.main(tiny())
     run = tmp_path / "run"
     assert {"args.json", "metrics.jsonl", "summary.json", "curve.png", "model.pt", "resume.pt"} <= set(os.listdir(run))
     assert summary == json.loads((run / "summary.json").read_text())
@@ -52,27 +53,27 @@ def test_a_run_leaves_everything_it_promises(tiny, tmp_path):
         *(("align", step) for step in (4,)),
         *(("online", step) for step in (4, 8, 12)),
     ]
-    assert "online/multiplier" in rows[-1] and "online/kl" in rows[-1]
+    assert {"online/multiplier", "online/kl" if script is o2o_sac else "online/distance"} <= set(rows[-1])
     model = torch.load(run / "model.pt", weights_only=True)
-    assert model["algorithm"] == "o2o_sac" and model["format"] == 1 and model["step"] == 12
-    policy, _ = o2o_sac.load_policy(run / "model.pt", "hopper-medium-v2", 11, 3, 0.1)  # a source for the next run
+    assert model["algorithm"] == script.__name__ and model["format"] == 1 and model["step"] == 12
+    policy, _ = script.load_policy(run / "model.pt", "hopper-medium-v2", 11, 3, 0.1)  # a source for the next run
     assert policy.mode(torch.zeros(2, 11)).shape == (2, 3)
 
 
-def test_same_seed_same_numbers_another_seed_others(tiny, tmp_path):
+def test_same_seed_same_numbers_another_seed_others(script, tiny, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        o2o_sac.main(tiny(run_dir=str(tmp_path / name), seed=seed))
+        script.main(tiny(run_dir=str(tmp_path / name), seed=seed))
     assert_same(weights(tmp_path / "a"), weights(tmp_path / "b"))
     different = weights(tmp_path / "c")
     assert any(not torch.equal(value, different[key]) for key, value in weights(tmp_path / "a").items())
 
 
-def test_evaluating_more_often_changes_no_training_number(tiny, tmp_path):
+def test_evaluating_more_often_changes_no_training_number(script, tiny, tmp_path):
     for name, every in (("often", 1), ("once", 3)):
         args = tiny(run_dir=str(tmp_path / name), eval_every=4 * every, eval_every_updates=100 * every)
         args.reference, args.reference_every = "interval", 5
         args.reevaluation_steps = args.alignment_steps = 300
-        o2o_sac.main(args)
+        script.main(args)
     assert len(metrics(tmp_path / "often")) == 9 and len(metrics(tmp_path / "once")) == 3
     assert_same(weights(tmp_path / "often"), weights(tmp_path / "once"))
     assert json.loads((tmp_path / "once/summary.json").read_text())["selection_steps"] == 0
@@ -90,8 +91,8 @@ class Recorder(gym.Wrapper):
         return result
 
 
-def test_the_buffer_holds_what_the_environment_saw(tiny, tmp_path, monkeypatch):
-    log, made, real = [], [], o2o_sac.load_dataset
+def test_the_buffer_holds_what_the_environment_saw(script, tiny, tmp_path, monkeypatch):
+    log, made, real = [], [], script.load_dataset
 
     def load(*args):
         data = real(*args)
@@ -104,11 +105,11 @@ def test_the_buffer_holds_what_the_environment_saw(tiny, tmp_path, monkeypatch):
 
         return data._replace(make_env=make_env)
 
-    monkeypatch.setattr(o2o_sac, "load_dataset", load)
-    o2o_sac.main(tiny(online_steps=60, eval_every=60, warm_up=50))
+    monkeypatch.setattr(script, "load_dataset", load)
+    script.main(tiny(online_steps=60, eval_every=60, warm_up=50))
     online = torch.load(tmp_path / "run/resume.pt", weights_only=True)["online"]
     assert online.untyped_storage().nbytes() == online.nbytes, "the offline data were saved with it"
-    obs, action, reward, next_obs, terminated = o2o_sac.split(online, 11, 3)
+    obs, action, reward, next_obs, terminated = script.split(online, 11, 3)
     assert len(log) == len(online) == 60
     np.testing.assert_allclose(action, np.stack([row[1] for row in log]), rtol=1e-6)
     np.testing.assert_allclose(obs, np.stack([row[0] for row in log]), rtol=1e-5, atol=1e-6)
@@ -118,29 +119,29 @@ def test_the_buffer_holds_what_the_environment_saw(tiny, tmp_path, monkeypatch):
     assert any(row[5] and not row[4] for row in log), "no time limit was met"
 
 
-def test_a_complete_run_can_be_made_longer(tiny, tmp_path):
-    o2o_sac.main(tiny(run_dir=str(tmp_path / "long")))
-    o2o_sac.main(tiny(online_steps=8))
-    o2o_sac.main(tiny(resume=str(tmp_path / "run")))
+def test_a_complete_run_can_be_made_longer(script, tiny, tmp_path):
+    script.main(tiny(run_dir=str(tmp_path / "long")))
+    script.main(tiny(online_steps=8))
+    script.main(tiny(resume=str(tmp_path / "run")))
     assert_same(weights(tmp_path / "long"), weights(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
     ("switch", "skipped"), [("reevaluate", "reevaluate"), ("align", "align"), ("constrain", None)]
 )  # fmt: skip
-def test_ablations(tiny, tmp_path, switch, skipped):
-    o2o_sac.main(tiny(**{switch: False}))
+def test_ablations(script, tiny, tmp_path, switch, skipped):
+    script.main(tiny(**{switch: False}))
     rows = metrics(tmp_path / "run")
     assert skipped not in {row["stage"] for row in rows}
     assert (rows[-1]["online/multiplier"] == 0) == (switch == "constrain")
 
 
 @pytest.mark.parametrize("use", ["all", "none", "part"])
-def test_uses_of_the_offline_data(tiny, tmp_path, use):
-    assert o2o_sac.main(tiny(offline_data=use))["status"] == "complete"
+def test_uses_of_the_offline_data(script, tiny, tmp_path, use):
+    assert script.main(tiny(offline_data=use))["status"] == "complete"
 
 
-def test_the_reference_is_renewed_only_by_a_better_policy_or_at_intervals(tiny, tmp_path, monkeypatch):
+def test_the_reference_is_renewed_only_by_a_better_policy_or_at_intervals(script, tiny, tmp_path, monkeypatch):
     def reference_equals_actor(scores, **changes):
         """Runs with these scores of the modes: offline, aligned twice (in the stage, at its end), then online."""
         left = list(scores)
@@ -150,9 +151,9 @@ def test_the_reference_is_renewed_only_by_a_better_policy_or_at_intervals(tiny, 
                 return 0.0, 0.0, 1
             return 3234.3 * left.pop(0), 0.0, 1
 
-        monkeypatch.setattr(o2o_sac, "evaluate", scripted)
+        monkeypatch.setattr(script, "evaluate", scripted)
         run_dir = tmp_path / f"{len(list(tmp_path.iterdir()))}"
-        summary = o2o_sac.main(tiny(run_dir=str(run_dir), online_steps=4, warm_up=0, **changes))
+        summary = script.main(tiny(run_dir=str(run_dir), online_steps=4, warm_up=0, **changes))
         saved = torch.load(run_dir / "resume.pt", weights_only=True)["nets"]
         same = all(torch.equal(saved["reference"][key], value) for key, value in saved["actor"].items())
         return same, summary["selection_steps"]
@@ -164,34 +165,34 @@ def test_the_reference_is_renewed_only_by_a_better_policy_or_at_intervals(tiny, 
     assert reference_equals_actor([0.5, 0.1, 0.1, 0.9], reference="interval", reference_every=3) == (False, 0)
 
 
-def test_an_aligned_policy_that_scores_higher_becomes_the_reference(tiny, tmp_path, monkeypatch):
+def test_an_aligned_policy_that_scores_higher_becomes_the_reference(script, tiny, tmp_path, monkeypatch):
     for aligned, expected in ((0.9, True), (0.1, False)):
         left = [0.5, aligned, aligned, 0.0]
-        scripted = lambda *args, left=left: (0.0 if len(args) > 4 else 3234.3 * left.pop(0), 0.0, 1)  # noqa: E731
-        monkeypatch.setattr(o2o_sac, "evaluate", scripted)
+        scripted = lambda *args, left=left: (0.0 if len(args) > 5 else 3234.3 * left.pop(0), 0.0, 1)  # noqa: E731
+        monkeypatch.setattr(script, "evaluate", scripted)
         run_dir = tmp_path / str(aligned)
-        o2o_sac.main(tiny(run_dir=str(run_dir), online_steps=4, warm_up=4))  # no updates: the actor stays the aligned
+        script.main(tiny(run_dir=str(run_dir), online_steps=4, warm_up=4))  # no updates: the actor stays the aligned
         nets = torch.load(run_dir / "resume.pt", weights_only=True)["nets"]
         assert all(torch.equal(nets["reference"][k], v) for k, v in nets["actor"].items()) == expected
         assert all(torch.equal(nets["targets"][k], v) for k, v in nets["critics"].items())
 
 
-def test_without_alignment_the_targets_start_as_the_reevaluated_critics(tiny, tmp_path):
-    o2o_sac.main(tiny(align=False, online_steps=4, warm_up=4))
+def test_without_alignment_the_targets_start_as_the_reevaluated_critics(script, tiny, tmp_path):
+    script.main(tiny(align=False, online_steps=4, warm_up=4))
     nets = torch.load(tmp_path / "run/resume.pt", weights_only=True)["nets"]
     assert all(torch.equal(nets["targets"][k], v) for k, v in nets["critics"].items())
 
 
-def test_without_the_constraint_lambda_has_no_effect(tiny, tmp_path):
+def test_without_the_constraint_lambda_has_no_effect(script, tiny, tmp_path):
     for name, changes in (("a", {"multiplier": 1.0}), ("b", {"multiplier": 9.0})):
-        o2o_sac.main(tiny(run_dir=str(tmp_path / name), constrain=False, **changes))
+        script.main(tiny(run_dir=str(tmp_path / name), constrain=False, **changes))
     actors = [{k: v for k, v in weights(tmp_path / name).items() if "multiplier" not in k} for name in "ab"]
     assert_same(*actors)
 
 
-def test_updates_and_multiplier_steps_are_counted_as_documented(tiny, monkeypatch):
+def test_updates_and_multiplier_steps_are_counted_as_documented(script, tiny, monkeypatch):
     calls = {"updates": 0, "multiplier": 0}
-    real_updates, real_loss = o2o_sac.make_updates, o2o_sac.multiplier_loss
+    real_updates, real_loss = script.make_updates, script.multiplier_loss
 
     def make_updates(*args):
         *stages, finetune = real_updates(*args)
@@ -206,10 +207,11 @@ def test_updates_and_multiplier_steps_are_counted_as_documented(tiny, monkeypatc
         calls["multiplier"] += 1
         return real_loss(*args)
 
-    monkeypatch.setattr(o2o_sac, "make_updates", make_updates)
-    monkeypatch.setattr(o2o_sac, "multiplier_loss", loss)
-    o2o_sac.main(tiny(online_steps=12, warm_up=5, updates_per_step=3))
-    assert calls == {"updates": 21, "multiplier": 7}
+    monkeypatch.setattr(script, "make_updates", make_updates)
+    monkeypatch.setattr(script, "multiplier_loss", loss)
+    script.main(tiny(online_steps=12, warm_up=5, updates_per_step=3))
+    steps = {"o2o_sac": 7, "o2o_td3": 11}  # one per environment step; every second update
+    assert calls == {"updates": 21, "multiplier": steps[script.__name__]}
 
 
 class Countdown(gym.Env):
@@ -235,26 +237,32 @@ def test_evaluate_by_hand():
     assert soft == pytest.approx((1 + 0.3) + 0.5 * (2 + 0.3) + 0.25 * (4 + 0.3))  # entropy is a bonus
 
 
-def test_another_policy_class_is_fitted(tiny, tmp_path, checkpoint):
-    """A TD3+BC-like and an IQL-like checkpoint; with enough updates the fitted mode is the teacher's."""
+@pytest.mark.parametrize("kind", ["squashed_gaussian", "deterministic", "tanh_gaussian"])
+def test_another_policy_class_is_fitted(script, tiny, tmp_path, checkpoint, kind):
+    """CQL-like, TD3+BC-like and IQL-like checkpoints. A policy of the script's own class is copied; of another, with
+    enough updates the fitted mode is the teacher's."""
     saved = torch.load(checkpoint, weights_only=True)
-    for kind in ("deterministic", "tanh_gaussian"):
-        torch.manual_seed(0)
-        stats = saved["actor"]["obs_mean"], saved["actor"]["obs_std"]
-        teacher = o2o_sac.MeanPolicy(*stats, 3, (16, 16), std=0.1)
-        torch.nn.init.normal_(teacher.net[-1].weight, std=0.3)
-        state = {key: v for key, v in teacher.state_dict().items() if kind == "tanh_gaussian" or key != "log_std"}
-        path = tmp_path / f"{kind}.pt"
-        policy = {"kind": kind, "hidden": [16, 16]}
-        torch.save({**saved, "algorithm": kind, "policy": policy, "actor": state}, path)
-        args = tiny(checkpoint=str(path), run_dir=str(tmp_path / kind), fit_steps=800, batch_size=64, online_steps=4)
-        summary = o2o_sac.main(args)
-        assert summary["fitted_score"] is not None
-        obs = o2o_sac.load_dataset("hopper-medium-v2").rows[:500, :11]
-        student = o2o_sac.SquashedGaussianActor(*stats, 3, (256, 256, 256))
-        nets = torch.load(tmp_path / kind / "resume.pt", weights_only=True)["nets"]
-        student.load_state_dict(nets["behaviour"])
-        assert (student.mode(obs) - teacher.mode(obs)).abs().mean() < 0.06
+    torch.manual_seed(0)
+    stats = saved["actor"]["obs_mean"], saved["actor"]["obs_std"]
+    if kind == "squashed_gaussian":
+        teacher = script.SquashedGaussianActor(*stats, 3, (16, 16))
+    else:
+        teacher = script.MeanPolicy(*stats, 3, (16, 16), std=0.1)
+    torch.nn.init.normal_(teacher.net[-1].weight, std=0.3)
+    state = {key: v for key, v in teacher.state_dict().items() if kind == "tanh_gaussian" or key != "log_std"}
+    path, policy = tmp_path / f"{kind}.pt", {"kind": kind, "hidden": [16, 16]}
+    torch.save({**saved, "algorithm": kind, "policy": policy, "actor": state}, path)
+    args = tiny(checkpoint=str(path), run_dir=str(tmp_path / kind), fit_steps=800, batch_size=64, online_steps=4)
+    summary = script.main(args)
+    own = kind == {"o2o_sac": "squashed_gaussian", "o2o_td3": "deterministic"}[script.__name__]
+    assert (summary["fitted_score"] is None) == own
+    obs = script.load_dataset("hopper-medium-v2").rows[:500, :11]
+    if script is o2o_sac:
+        student = script.SquashedGaussianActor(*stats, 3, (16, 16) if own else (256, 256, 256))
+    else:
+        student = script.DeterministicActor(*stats, 3, (16, 16) if own else (256, 256))
+    student.load_state_dict(torch.load(tmp_path / kind / "resume.pt", weights_only=True)["nets"]["behaviour"])
+    assert (student.mode(obs) - teacher.mode(obs)).abs().mean() < (1e-6 if own else 0.06)
 
 
 def command_line(module, args):
@@ -270,14 +278,14 @@ def command_line(module, args):
 
 
 @pytest.mark.parametrize("stage", ["align", "online"])
-def test_kill_and_resume_equals_uninterrupted(tiny, tmp_path, stage):
+def test_kill_and_resume_equals_uninterrupted(script, tiny, tmp_path, stage):
     """A real SIGKILL at an arbitrary moment of a stage, then --resume."""
     settings = {"reevaluation_steps": 200, "alignment_steps": 300, "online_steps": 150, "eval_every": 25}
     settings |= {"eval_every_updates": 100}
-    o2o_sac.main(tiny(run_dir=str(tmp_path / "whole"), **settings))
+    script.main(tiny(run_dir=str(tmp_path / "whole"), **settings))
     killed = tmp_path / "killed"
     process = subprocess.Popen(
-        command_line("o2o_sac", tiny(run_dir=str(killed), **settings)), stdout=subprocess.DEVNULL
+        command_line(script.__name__, tiny(run_dir=str(killed), **settings)), stdout=subprocess.DEVNULL
     )
     deadline = time.time() + 120
     while not ((killed / "metrics.jsonl").exists() and any(row["stage"] == stage for row in metrics(killed))):
@@ -287,7 +295,7 @@ def test_kill_and_resume_equals_uninterrupted(tiny, tmp_path, stage):
     process.wait()
     assert not (killed / "summary.json").exists()
     resumed = subprocess.run(
-        [sys.executable, ROOT / "o2o_sac.py", "--resume", killed], capture_output=True, text=True, check=False
+        [sys.executable, ROOT / f"{script.__name__}.py", "--resume", killed], capture_output=True, text=True, check=False
     )
     assert resumed.returncode == 0, resumed.stderr
     assert_same(weights(tmp_path / "whole"), weights(killed))
@@ -297,30 +305,32 @@ def test_kill_and_resume_equals_uninterrupted(tiny, tmp_path, stage):
     assert summary["scores"] == json.loads((tmp_path / "whole/summary.json").read_text())["scores"]
 
 
-def test_interrupting_writes_a_summary(tiny, tmp_path, monkeypatch):
+def test_interrupting_writes_a_summary(script, tiny, tmp_path, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(o2o_sac, "train_online", interrupted)
+    monkeypatch.setattr(script, "train_online", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        o2o_sac.main(tiny())
+        script.main(tiny())
     assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "interrupted"
 
 
-def test_cql_resumes_exactly(tmp_path):
+@pytest.mark.parametrize("module", [cql, td3_bc], ids=lambda module: module.__name__)
+def test_offline_training_resumes_exactly(module, tmp_path):
     def args(name, **changes):
         files = {"output": str(tmp_path / f"{name}.pt"), "run_dir": str(tmp_path / name)}
-        return cql.Args(
+        return module.Args(
             **{"updates": 6, "eval_every": 3, "eval_episodes": 1, "batch_size": 8, "compile": False} | files | changes
         )
 
-    cql.main(args("whole"))
-    cql.main(args("cut", updates=3))
-    cql.main(args("cut", resume=str(tmp_path / "cut"), output=str(tmp_path / "rest.pt")))
+    module.main(args("whole"))
+    module.main(args("cut", updates=3))
+    module.main(args("cut", resume=str(tmp_path / "cut"), output=str(tmp_path / "rest.pt")))
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     assert [row["step"] for row in metrics(tmp_path / "cut")] == [3, 6]
     saved = torch.load(tmp_path / "rest.pt", weights_only=True)
-    assert saved["algorithm"] == "cql" and saved["step"] == 6 and saved["policy"]["kind"] == "squashed_gaussian"
+    kind = {"cql": "squashed_gaussian", "td3_bc": "deterministic"}[module.__name__]
+    assert saved["algorithm"] == module.__name__ and saved["step"] == 6 and saved["policy"]["kind"] == kind
 
 
 def test_the_state_of_the_environment_survives_a_save():

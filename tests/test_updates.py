@@ -6,9 +6,11 @@ from copy import deepcopy
 import collect
 import cql
 import pytest
+import td3_bc
 import torch
 
 import o2o_sac
+import o2o_td3
 
 OBS, ACT, BATCH = 4, 2, 32
 
@@ -174,15 +176,166 @@ def test_a_violated_constraint_raises_the_penalty_and_pulls_the_actor_back():
     assert divergence(50.0) < 0.5 * divergence(0.0)
 
 
+def td3_nets(seed=0):
+    torch.manual_seed(seed)
+    stats = torch.zeros(OBS), torch.ones(OBS)
+    actor = o2o_td3.DeterministicActor(*stats, ACT, (16, 16))
+    critics = o2o_td3.Td3Critics(*stats, ACT, (16, 16), layer_norm=True)
+    nets = {key: deepcopy(actor) for key in ("actor", "actor_target", "behaviour", "reference")}
+    nets |= {"critics": critics, "targets": deepcopy(critics)}
+    return nets | {"log_multiplier": o2o_td3.Scalar(0.0)}
+
+
+def td3_updates(nets, lr=1e-3, **changes):
+    args = o2o_td3.Args(**changes)
+    o2o_td3.fill_defaults(args)
+    optimizers = {key: o2o_td3.Adam(nets[key].parameters(), lr) for key in ("actor", "critics", "log_multiplier")}
+    return o2o_td3.make_updates(args, nets, optimizers, OBS, ACT)
+
+
+def td3_bc_parts(**changes):
+    torch.manual_seed(0)
+    stats = torch.zeros(OBS), torch.ones(OBS)
+    nets = {key: td3_bc.DeterministicActor(*stats, ACT, (16, 16)) for key in ("actor", "actor_target")}
+    nets |= {key: td3_bc.Td3Critics(*stats, ACT, (16, 16)) for key in ("critics", "targets")}
+    _, update = td3_bc.make_update(td3_bc.Args(**changes), nets, OBS, ACT)
+    return nets, lambda rows, noise, delayed: update(rows, noise[0], delayed)
+
+
+LIMIT = torch.tensor(0.01)
+TD3_STAGES = {  # index, further arguments, networks that it writes
+    "td3 reevaluate": (0, (), {"critics", "targets"}),
+    "td3 align": (1, (), {"critics", "actor"}),
+    "td3 finetune, critics only": (2, (LIMIT, False), {"critics"}),
+    "td3 finetune, delayed": (
+        2,
+        (LIMIT, True),
+        {"critics", "targets", "actor", "actor_target", "log_multiplier"},
+    ),
+}
+
+
+@pytest.mark.parametrize("stage", TD3_STAGES)
+def test_a_stage_of_td3_writes_its_networks_and_no_others(stage):
+    index, extra, written = TD3_STAGES[stage]
+    nets = td3_nets()
+    update = td3_updates(nets)[index]
+    before = {key: flat(net) for key, net in nets.items()}
+    update(*batch(1), *extra)
+    assert {key for key, net in nets.items() if not torch.equal(before[key], flat(net))} == written
+
+
+@pytest.mark.parametrize("delayed", [False, True])
+def test_td3_bc_writes_its_networks(delayed):
+    nets, update = td3_bc_parts()
+    before = {key: flat(net) for key, net in nets.items()}
+    update(*batch(1), delayed)
+    changed = {key for key, net in nets.items() if not torch.equal(before[key], flat(net))}
+    assert changed == (set(nets) if delayed else {"critics"})
+
+
+def test_td3_bc_imitates_where_values_say_nothing():
+    """Reward 0: all that is left of the actor's loss is the distance to the data's action."""
+    nets, update = td3_bc_parts(bc_alpha=0.0, learning_rate=3e-3)
+    for step in range(300):
+        rows, noise = batch(step)
+        rows[:, OBS : OBS + ACT], rows[:, OBS + ACT] = 0.5, 0.0
+        update(rows, noise, True)
+    assert (nets["actor"](torch.randn(64, OBS)) - 0.5).abs().mean() < 0.05
+
+
+def test_td3_reevaluation_finds_the_value_of_a_known_process():
+    """Reward 1 and no end: Q = 1 / (1 - gamma)."""
+    nets = td3_nets()
+    reevaluate = td3_updates(nets, gamma=0.8, tau=0.05)[0]
+    for step in range(600):
+        rows, noise = batch(step)
+        rows[:, OBS + ACT], rows[:, -1] = 1.0, 0.0
+        reevaluate(rows, noise)
+    obs = torch.randn(1024, OBS)
+    assert nets["critics"](obs, nets["behaviour"](obs)).mean().item() == pytest.approx(5, rel=0.05)
+
+
+class KnownTd3Q(torch.nn.Module):
+    """Two re-evaluated critics that prefer the first action to be 0.15, in every state."""
+
+    def forward(self, obs, action):
+        q = 10 - 20 * (action[:, 0] - 0.15) ** 2
+        return torch.stack([q, q + 0.1])
+
+
+def test_td3_alignment_makes_the_policys_action_the_best_one_without_changing_its_value():
+    nets = td3_nets()
+    for key in ("behaviour", "actor"):
+        for parameter in nets[key].parameters():
+            torch.nn.init.zeros_(parameter)  # the policy's action is 0
+    nets["targets"] = KnownTd3Q()
+    align = td3_updates(nets, bump=10.0)[1]
+    for step in range(1500):
+        rows = torch.zeros(256, 2 * OBS + ACT + 2)
+        align(rows, batch(step, size=256)[1])
+    grid = torch.zeros(61, ACT)
+    grid[:, 0] = torch.linspace(-0.3, 0.3, 61)
+    with torch.no_grad():
+        q_old, q_new = (net(torch.zeros(61, OBS), grid).amin(0) for net in (nets["targets"], nets["critics"]))
+    assert abs(grid[q_old.argmax(), 0] - 0.15) < 0.01
+    assert abs(grid[q_new.argmax(), 0]) < 0.1
+    assert q_new[30].item() == pytest.approx(q_old[30].item(), abs=0.2)
+
+
+def test_td3_penalty_pulls_the_actor_back_and_enters_the_bellman_target():
+    def after(multiplier):
+        nets = td3_nets()
+        for parameter in nets["reference"].parameters():
+            torch.nn.init.zeros_(parameter)
+        torch.nn.init.constant_(nets["log_multiplier"].weight, multiplier)
+        finetune = td3_updates(nets)[2]
+        before = flat(nets["critics"])
+        finetune(*batch(0), LIMIT, False)
+        moved = flat(nets["critics"]) - before
+        for step in range(150):
+            values = finetune(*batch(step), LIMIT, True)
+        return moved, values["distance"].item()
+
+    (without, far), (within, near) = after(-20.0), after(4.0)
+    assert not torch.equal(without, within)
+    assert near < 0.5 * far
+
+
+def test_td3_multiplier_rises_when_violated_and_falls_when_slack():
+    for limit, rises in ((torch.tensor(0.0), True), (torch.tensor(9.0), False)):
+        nets = td3_nets()
+        torch.nn.init.normal_(nets["reference"].net[-1].weight)
+        td3_updates(nets)[2](*batch(0), limit, True)
+        assert (nets["log_multiplier"].weight.item() > 0) == rises
+
+
+OTHERS = {"fit": {"actor"}, "td3 fit": {"actor"}, "cql": None, "behaviour": None, "td3_bc": None}
+
+
 def run_updates(name, compiled):
-    """-> how far three updates moved each network. Large learning and Polyak rates, so that no step can hide."""
+    """-> how far three updates moved each network. Large learning and Polyak rates, so that no step can hide. TD3's
+    delayed updates take turns with the others."""
+    extra = lambda step: ()  # noqa: E731
     if name == "cql":
         nets, update = cql_parts(
             lagrange=True, max_backup=True, clip_gap=-200.0, tau=0.5, policy_lr=0.01, critic_lr=0.01
         )
+    elif name == "td3_bc":
+        nets, update = td3_bc_parts(tau=0.5, learning_rate=0.01)
+        extra = lambda step: (step % 2 == 1,)  # noqa: E731
     elif name == "behaviour":
         torch.manual_seed(0)
         nets, _, update = collect.make_sac(OBS, ACT, "cpu", tau=0.5, lr=0.01)
+    elif name.startswith("td3"):
+        nets = td3_nets()
+        if name == "td3 fit":
+            optimizer = o2o_td3.Adam(nets["actor"].parameters(), 0.01)
+            update = o2o_td3.fit_update(small_nets(seed=1)["actor"], nets["actor"], optimizer)
+        else:
+            update = td3_updates(nets, tau=0.5, lr=0.01)[TD3_STAGES[name][0]]
+            if "finetune" in name:
+                extra = lambda step: (LIMIT, step % 2 == 1)  # noqa: E731
     else:
         nets = small_nets()
         if name == "fit":
@@ -190,27 +343,29 @@ def run_updates(name, compiled):
             update = o2o_sac.fit_update(small_nets(seed=1)["actor"], nets["actor"], optimizer)
         else:
             update = sac_updates(nets, tau=0.5, lr=0.01)[STAGES[name][0]]
+            if name == "finetune":
+                extra = lambda step: (torch.tensor(0.7),)  # noqa: E731
     before = {key: flat(net) for key, net in nets.items()}
     update = o2o_sac.compile_update(update, compiled, "cpu")
     for step in range(3):
         rows, noise = batch(step)
         if name == "cql":
             noise = torch.randn(10, BATCH, ACT, generator=torch.Generator().manual_seed(step))
-        update(rows, noise, *([torch.tensor(0.7)] if name == "finetune" else []))
+        update(rows, noise, *extra(step))
     return {key: flat(net) - before[key] for key, net in nets.items()}
 
 
-@pytest.mark.parametrize("name", ["reevaluate", "align", "finetune", "fit", "cql", "behaviour"])
+@pytest.mark.parametrize("name", [*STAGES, *OTHERS, "td3 reevaluate", "td3 align", "td3 finetune, delayed"])
 def test_compiled_equals_eager(name):
     eager, compiled = run_updates(name, False), run_updates(name, True)
-    written = {"fit": {"actor"}}.get(name) or (STAGES[name][1] if name in STAGES else set(eager))
+    written = OTHERS.get(name) or {**STAGES, **TD3_STAGES}.get(name, (set(eager),))[-1]
     for key, moved in eager.items():
         assert (compiled[key].norm() > 1e-3) == (key in written), key
         assert (compiled[key] - moved).norm() <= 0.02 * moved.norm(), key
 
 
 def test_the_penalty_enters_the_bellman_target():
-    """One update from the same state: with lambda > 0 and a policy far from its reference the critics learn less value."""
+    """One update from the same state, with and without lambda, and a policy far from its reference."""
     moved = {}
     for multiplier in (0.0, 5.0):
         nets = small_nets()
