@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "offline")]
 OBS, ACT, BATCH = 11, 3, 256
 UPDATES = ("sac", "cql", "o2o_sac reevaluate", "o2o_sac align", "o2o_sac finetune")
+UPDATES += ("td3_bc", "o2o_td3 reevaluate", "o2o_td3 align", "o2o_td3 finetune")
 SECONDS = 4.0
 
 
@@ -186,14 +187,94 @@ def plain_cql():
     return update
 
 
+def plain_td3(name):
+    """TD3+BC and the three stages of O2TD3; the actor moves at every second update, in alignment at every one."""
+    p, count = Plain(2, layer_norm=name != "td3_bc"), itertools.count(1)
+    p.actor = nn.Sequential(mlp(OBS, ACT, 2), nn.Tanh())
+    p.actor_optimizer = torch.optim.Adam(p.actor.parameters(), 3e-4)
+    actor_target, p.behaviour, p.reference = deepcopy(p.actor), deepcopy(p.actor), deepcopy(p.actor)
+    log_multiplier = nn.Parameter(torch.zeros(()))
+    multiplier_optimizer = torch.optim.Adam([log_multiplier], 5e-5)
+
+    def smooth(action, noise):
+        return (action + (0.2 * noise).clamp(-0.5, 0.5)).clamp(-1, 1)
+
+    def align(obs, noise):
+        with torch.no_grad():
+            action, mode = smooth(p.actor(obs), noise), p.behaviour(obs)
+            q_mode = torch.min(*p.q(p.targets, obs, mode))
+            width = 1 + ((action - mode) ** 2).mean(-1).clamp(max=0.04)
+            bump = torch.where(q_mode >= 0, q_mode / width, q_mode * width)
+            lowered = [torch.min(bump, q) for q in p.q(p.targets, obs, action)]
+        pairs = zip(p.q(p.critics, obs, action), p.q(p.critics, obs, mode), lowered, strict=True)
+        p.step_critics([F.mse_loss(a, y) + F.mse_loss(m, q_mode) for a, m, y in pairs])
+        p.step_actor(-p.q(p.critics[:1], obs, p.actor(obs))[0].mean())
+
+    def update(rows, noise):
+        obs, action, reward, next_obs, terminated = parts(rows)
+        if name == "o2o_td3 align":
+            return align(obs, noise[0])
+        with torch.no_grad():
+            next_action = (p.behaviour if name == "o2o_td3 reevaluate" else actor_target)(next_obs)
+            value = torch.min(*p.q(p.targets, next_obs, smooth(next_action, noise[0])))
+            if name == "o2o_td3 finetune":
+                value -= log_multiplier.exp() * ((next_action - p.reference(next_obs)) ** 2).mean(-1)
+            target = reward + 0.99 * (1 - terminated) * value
+        p.step_critics([F.mse_loss(q, target) for q in p.q(p.critics, obs, action)])
+        if name == "o2o_td3 reevaluate":
+            p.polyak()
+        elif next(count) % 2 == 0:
+            new_action = p.actor(obs)
+            q = p.q(p.critics[:1], obs, new_action)[0]
+            if name == "td3_bc":
+                distance, weight = F.mse_loss(new_action, action), 2.5
+            else:
+                squares = (new_action - p.reference(obs)) ** 2
+                distance, weight = log_multiplier.exp().detach() * squares.mean(), 1.0
+                slack = 0.01 - squares.detach()
+                loss = log_multiplier.exp() * ((0.7 - (slack > 0).float()).abs() * slack).mean()
+                multiplier_optimizer.zero_grad()
+                loss.backward()
+                multiplier_optimizer.step()
+            p.step_actor(-weight * q.mean() / q.detach().abs().mean() + distance)
+            p.polyak()
+            for parameter, slow in zip(p.actor.parameters(), actor_target.parameters(), strict=True):
+                slow.data.copy_(0.005 * parameter.data + 0.995 * slow.data)
+
+    return update
+
+
 def plain_update(name):
+    if "td3" in name:
+        return plain_td3(name)
     makers = {"sac": plain_sac, "cql": plain_cql, "o2o_sac reevaluate": plain_reevaluate, "o2o_sac align": plain_align}
     return makers.get(name, lambda: plain_sac(3, layer_norm=True, constrained=True))()
+
+
+def our_td3(script, name, compiled, bf16):
+    stats, count = (torch.zeros(OBS), torch.ones(OBS)), itertools.count(1)
+    actor = script.DeterministicActor(*stats, ACT, [256] * 2)
+    critics = script.Td3Critics(*stats, ACT, [256] * 2, layer_norm=name != "td3_bc", bf16=bf16)
+    nets = {key: deepcopy(actor) for key in ("actor", "actor_target", "behaviour", "reference")}
+    nets |= {"critics": critics, "targets": deepcopy(critics)}
+    args = script.Args()
+    if name == "td3_bc":
+        update = script.compile_update(script.make_update(args, nets, OBS, ACT)[1], compiled, "cpu")
+        return lambda rows, noise: update(rows, noise[0], next(count) % 2 == 0)
+    script.fill_defaults(args)
+    nets["log_multiplier"] = script.Scalar(0.0)
+    optimizers = {key: script.Adam(nets[key].parameters(), 3e-4) for key in ("actor", "critics", "log_multiplier")}
+    stages = ("reevaluate", "align", "finetune")
+    update = script.make_updates(args, nets, optimizers, OBS, ACT)[stages.index(name.split()[1])]
+    update, limit = script.compile_update(update, compiled, "cpu"), torch.tensor(0.01)
+    return (lambda *batch: update(*batch, limit, next(count) % 2 == 0)) if name == "o2o_td3 finetune" else update
 
 
 def our_update(name, compiled, precision):
     script = importlib.import_module({"sac": "collect"}.get(name, name.split()[0]))
     stats, bf16 = (torch.zeros(OBS), torch.ones(OBS)), precision == "medium"
+    if "td3" in name:
+        return our_td3(script, name, compiled, bf16)
     if name == "sac":
         _, _, update = script.make_sac(OBS, ACT, "cpu", bf16)
         return script.compile_update(update, compiled, "cpu")

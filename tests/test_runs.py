@@ -295,7 +295,10 @@ def test_kill_and_resume_equals_uninterrupted(script, tiny, tmp_path, stage):
     process.wait()
     assert not (killed / "summary.json").exists()
     resumed = subprocess.run(
-        [sys.executable, ROOT / f"{script.__name__}.py", "--resume", killed], capture_output=True, text=True, check=False
+        [sys.executable, ROOT / f"{script.__name__}.py", "--resume", killed],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert resumed.returncode == 0, resumed.stderr
     assert_same(weights(tmp_path / "whole"), weights(killed))

@@ -375,3 +375,30 @@ def test_the_penalty_enters_the_bellman_target():
         sac_updates(nets)[2](*batch(0), torch.tensor(multiplier))
         moved[multiplier] = flat(nets["critics"]) - before
     assert not torch.equal(moved[0.0], moved[5.0])
+
+
+def test_cql_weighs_each_candidate_with_the_density_that_it_was_drawn_from(monkeypatch):
+    nets, update = cql_parts()
+    actor, seen, real_many, real_gap = deepcopy(nets["actor"]), {}, nets["critics"].many, cql.conservative_gap
+
+    def many(obs, actions):
+        seen["actions"] = actions
+        return real_many(obs, actions)
+
+    def gap(q_candidates, log_density, *rest):
+        seen["log_density"] = log_density
+        return real_gap(q_candidates, log_density, *rest)
+
+    monkeypatch.setattr(nets["critics"], "many", many)
+    monkeypatch.setattr(cql, "conservative_gap", gap)
+    rows, _ = batch(0)
+    update(rows, torch.randn(10, BATCH, ACT, generator=torch.Generator().manual_seed(0)))
+    obs, _, _, next_obs, _ = cql.split(rows, OBS, ACT)
+    uniform, of_obs, of_next = seen["log_density"].split(3, dim=1)
+    torch.testing.assert_close(uniform, torch.full_like(uniform, -ACT * math.log(2)))
+    assert seen["actions"][:, :3].abs().max() <= 1
+    for states, first, density in ((obs, 3, of_obs), (next_obs, 6, of_next)):
+        for k in range(3):
+            mean, log_std = actor(states)
+            expected = cql.squashed_log_prob(mean, log_std, torch.atanh(seen["actions"][:, first + k].double()))
+            torch.testing.assert_close(density[:, k].double(), expected, rtol=1e-2, atol=1e-2)
