@@ -354,9 +354,9 @@ class Critics(nn.Module):
 # end shared
 
 
-# shared: offline_policy
-class MeanPolicy(nn.Module):
-    """An offline policy whose mean is tanh of a network: `deterministic` (TD3+BC) or `tanh_gaussian` (IQL)."""
+# shared: tanh_gaussian
+class TanhGaussianActor(nn.Module):
+    """a ~ N(tanh(net(s)), std^2), clipped to the box: IQL's policy. With a std that is set, a deterministic one too."""
 
     def __init__(self, obs_mean, obs_std, act_dim, hidden, std):
         super().__init__()
@@ -367,17 +367,30 @@ class MeanPolicy(nn.Module):
         self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], act_dim))
         self.log_std = nn.Parameter(torch.full((act_dim,), math.log(std)))
 
-    def mode(self, obs):
-        return torch.tanh(self.net((obs - self.obs_mean) / self.obs_std))
+    def forward(self, obs):
+        """(B, O) raw observations -> mean (B, A) and log_std (A,), the same in every state."""
+        return torch.tanh(self.net((obs - self.obs_mean) / self.obs_std)), self.log_std.clamp(-20, 2)
 
     def sample(self, obs, noise):
         """-> action (B, A) clipped to the box, log_prob of the action before clipping (B,), and that action (B, A)."""
-        mean, log_std = self.mode(obs), self.log_std.clamp(-20, 2)
+        mean, log_std = self(obs)
         action = mean + log_std.exp() * noise
-        log_prob = (-0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
-        return action.clamp(-1, 1), log_prob, action
+        return action.clamp(-1, 1), gaussian_log_prob(mean, log_std, action), action
+
+    def mode(self, obs):
+        """-> the mean (B, A), the action that evaluation executes."""
+        return self(obs)[0]
 
 
+def gaussian_log_prob(mean, log_std, action):
+    """log N(action; mean, std^2) in nats, summed over the A dimensions: (..., A) three times -> (...)."""
+    return (-0.5 * ((action - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+# end shared
+
+
+# shared: offline_policy
 def load_policy(path, env_id, obs_dim, act_dim, std):
     """The offline policy in a checkpoint -> its frozen module, and the checkpoint; `std` is for a deterministic one.
     Raises UserError if the file is missing, broken, of another environment or of other dimensions."""
@@ -397,7 +410,7 @@ def load_policy(path, env_id, obs_dim, act_dim, std):
     if kind == "squashed_gaussian":
         policy = SquashedGaussianActor(state["obs_mean"], state["obs_std"], act_dim, hidden)
     elif kind in ("tanh_gaussian", "deterministic"):
-        policy = MeanPolicy(state["obs_mean"], state["obs_std"], act_dim, hidden, std)
+        policy = TanhGaussianActor(state["obs_mean"], state["obs_std"], act_dim, hidden, std)
         state = {"log_std": policy.log_std.data, **state}
     else:
         raise UserError(f"{path} holds a policy of the unknown kind '{kind}'")
@@ -425,26 +438,30 @@ class Adam:
     """torch.optim.Adam (betas 0.9 and 0.999) as plain tensor operations: torch.optim's own step breaks the compiled
     update into pieces, which costs a quarter of its speed."""
 
-    def __init__(self, params, lr, eps=1e-8):
-        self.params, self.lr, self.eps = list(params), lr, eps
+    def __init__(self, params, lr, eps=1e-8, max_norm=None):
+        self.params, self.lr, self.eps, self.max_norm = list(params), lr, eps, max_norm
         self.steps = torch.zeros((), device=self.params[0].device)
         self.mean = [torch.zeros_like(p) for p in self.params]
         self.square = [torch.zeros_like(p) for p in self.params]
         for tensor in (self.steps, *self.mean, *self.square):
             torch._dynamo.mark_static_address(tensor)  # CUDA graphs refuse to change other tensors in place
 
-    def minimize(self, loss):
-        """One step on a scalar loss. Only this optimiser's parameters get gradients, so the critics' weights stay out
-        of the actor's graph. autograd.grad and not loss.backward(): the latter does nothing inside torch.compile."""
+    def minimize(self, loss, scale=1.0):
+        """One step on a scalar loss, at `scale` times the learning rate. Only this optimiser's parameters get
+        gradients, so the critics' weights stay out of the actor's graph. autograd.grad and not loss.backward(): the
+        latter does nothing inside torch.compile."""
         grads = torch.autograd.grad(loss, self.params)
         with torch.no_grad():
+            if self.max_norm is not None:
+                norm = torch.stack(torch._foreach_norm(grads)).norm()
+                grads = torch._foreach_mul(grads, (self.max_norm / (norm + 1e-6)).clamp(max=1.0))
             self.steps += 1
             torch._foreach_lerp_(self.mean, grads, 0.1)
             torch._foreach_mul_(self.square, 0.999)
             torch._foreach_addcmul_(self.square, grads, grads, 0.001)
             root = torch._foreach_div(torch._foreach_sqrt(self.square), (1 - 0.999**self.steps).sqrt())
             step = torch._foreach_div(self.mean, torch._foreach_add(root, self.eps))
-            torch._foreach_sub_(self.params, torch._foreach_mul(step, self.lr / (1 - 0.9**self.steps)))
+            torch._foreach_sub_(self.params, torch._foreach_mul(step, self.lr * scale / (1 - 0.9**self.steps)))
 
     def state_dict(self):
         return {"state": [self.steps, *self.mean, *self.square]}
@@ -642,10 +659,14 @@ def draw_batches(args, generator, first, last, count, device):
     return torch.cat([torch.randint(a, b, (count, n), generator=generator, device=device) for a, b, n in parts], dim=1)
 
 
-def choose_reference(args, run, score, steps):
+# end shared
+
+
+# shared: reference
+def choose_reference(args, run, score, steps, used):
     """--reference best: the actor becomes pi_ref if its score beats that of every pi_ref so far. Such an evaluation is
-    interaction with the environment, so its `steps` are counted."""
-    if args.reference == "best" and args.constrain:
+    interaction with the environment, so its `steps` are counted. `used`: False in the ablation without pi_ref."""
+    if args.reference == "best" and used:
         run.progress["selection_steps"] += steps
         if score > run.progress["reference_score"]:
             run.progress["reference_score"] = score
@@ -697,7 +718,7 @@ def train_online(run, args, update, data, device, score_of):
         row |= {"kl_limit": kl_limit(args, step), "multiplier": log_multiplier.exp().item() * args.constrain}
         scores, eval_steps = score_of(nets["actor"], 3, step)
         progress["scores"].append([step, scores["score"]])
-        choose_reference(args, run, scores["score"], eval_steps)
+        choose_reference(args, run, scores["score"], eval_steps, args.constrain)
         if counted:
             progress["updates_per_second"]["online"] = row["updates_per_second"] = counted / seconds
         report(run, "online", step, scores | row)
@@ -785,7 +806,7 @@ def train(args, run, data, teacher, hidden, device):
         progress["offline_score"], progress["soft_return"] = scores["score"], scores["soft_return"]
         progress["reference_score"] = -math.inf
         if same_class:
-            choose_reference(args, run, scores["score"], steps)
+            choose_reference(args, run, scores["score"], steps, args.constrain)
         print(f"offline policy: score {scores['score']:.1f}, sampled {scores['score_sampled']:.1f}", flush=True)
         film(teacher, "offline")
         enter("fit")
@@ -797,7 +818,7 @@ def train(args, run, data, teacher, hidden, device):
             progress["fitted_score"], progress["soft_return"] = scores["score"], scores["soft_return"]
             for name in ("behaviour", "reference"):
                 nets[name].load_state_dict(nets["actor"].state_dict())
-            choose_reference(args, run, scores["score"], steps)
+            choose_reference(args, run, scores["score"], steps, args.constrain)
         enter("reevaluate")
     if progress["stage"] == "reevaluate":
         if args.reevaluate:
@@ -811,7 +832,7 @@ def train(args, run, data, teacher, hidden, device):
             nets["targets"].load_state_dict(nets["critics"].state_dict())
             scores, steps = score_of(nets["actor"], 2, args.alignment_steps)
             progress["aligned_score"] = scores["score"]
-            choose_reference(args, run, scores["score"], steps)
+            choose_reference(args, run, scores["score"], steps, args.constrain)
             film(nets["actor"], "aligned")
         enter("online")
     train_online(run, args, finetune, data, device, score_of)

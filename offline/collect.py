@@ -222,26 +222,30 @@ class Adam:
     """torch.optim.Adam (betas 0.9 and 0.999) as plain tensor operations: torch.optim's own step breaks the compiled
     update into pieces, which costs a quarter of its speed."""
 
-    def __init__(self, params, lr, eps=1e-8):
-        self.params, self.lr, self.eps = list(params), lr, eps
+    def __init__(self, params, lr, eps=1e-8, max_norm=None):
+        self.params, self.lr, self.eps, self.max_norm = list(params), lr, eps, max_norm
         self.steps = torch.zeros((), device=self.params[0].device)
         self.mean = [torch.zeros_like(p) for p in self.params]
         self.square = [torch.zeros_like(p) for p in self.params]
         for tensor in (self.steps, *self.mean, *self.square):
             torch._dynamo.mark_static_address(tensor)  # CUDA graphs refuse to change other tensors in place
 
-    def minimize(self, loss):
-        """One step on a scalar loss. Only this optimiser's parameters get gradients, so the critics' weights stay out
-        of the actor's graph. autograd.grad and not loss.backward(): the latter does nothing inside torch.compile."""
+    def minimize(self, loss, scale=1.0):
+        """One step on a scalar loss, at `scale` times the learning rate. Only this optimiser's parameters get
+        gradients, so the critics' weights stay out of the actor's graph. autograd.grad and not loss.backward(): the
+        latter does nothing inside torch.compile."""
         grads = torch.autograd.grad(loss, self.params)
         with torch.no_grad():
+            if self.max_norm is not None:
+                norm = torch.stack(torch._foreach_norm(grads)).norm()
+                grads = torch._foreach_mul(grads, (self.max_norm / (norm + 1e-6)).clamp(max=1.0))
             self.steps += 1
             torch._foreach_lerp_(self.mean, grads, 0.1)
             torch._foreach_mul_(self.square, 0.999)
             torch._foreach_addcmul_(self.square, grads, grads, 0.001)
             root = torch._foreach_div(torch._foreach_sqrt(self.square), (1 - 0.999**self.steps).sqrt())
             step = torch._foreach_div(self.mean, torch._foreach_add(root, self.eps))
-            torch._foreach_sub_(self.params, torch._foreach_mul(step, self.lr / (1 - 0.9**self.steps)))
+            torch._foreach_sub_(self.params, torch._foreach_mul(step, self.lr * scale / (1 - 0.9**self.steps)))
 
     def state_dict(self):
         return {"state": [self.steps, *self.mean, *self.square]}

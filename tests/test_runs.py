@@ -247,7 +247,7 @@ def test_another_policy_class_is_fitted(script, tiny, tmp_path, checkpoint, kind
     if kind == "squashed_gaussian":
         teacher = script.SquashedGaussianActor(*stats, 3, (16, 16))
     else:
-        teacher = script.MeanPolicy(*stats, 3, (16, 16), std=0.1)
+        teacher = script.TanhGaussianActor(*stats, 3, (16, 16), std=0.1)
     torch.nn.init.normal_(teacher.net[-1].weight, std=0.3)
     state = {key: v for key, v in teacher.state_dict().items() if kind == "tanh_gaussian" or key != "log_std"}
     path, policy = tmp_path / f"{kind}.pt", {"kind": kind, "hidden": [16, 16]}
