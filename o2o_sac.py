@@ -1032,7 +1032,7 @@ def pick_device(cuda):
 def write_summary(run, args, data_name, algorithm, status):
     """summary.json from run.progress; -> the summary. Scores are D4RL's points, `scores` [environment step, score]."""
     progress, scores = run.progress, [score for _, score in run.progress["scores"]]
-    early = [score for step, score in progress["scores"] if step <= max(args.online_steps / 10, args.eval_every)]
+    early = [score for step, score in progress["scores"] if step <= args.online_steps / 10] or scores[:1]
     summary = {
         "env_id": args.env_id,
         "dataset": data_name,

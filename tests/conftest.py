@@ -8,10 +8,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "offline")]
 
 import collect  # noqa: E402
 import cql  # noqa: E402
+import iql  # noqa: E402
 import pytest  # noqa: E402
 import td3_bc  # noqa: E402
 import torch  # noqa: E402
 
+import o2o_ppo  # noqa: E402
 import o2o_sac  # noqa: E402
 import o2o_td3  # noqa: E402
 
@@ -32,7 +34,7 @@ def minari_store(tmp_path_factory):
 def checkpoints(minari_store, tmp_path_factory):
     """Barely trained offline policies, small and quick: those that each script takes by default."""
     paths = {}
-    for module, script in ((cql, o2o_sac), (td3_bc, o2o_td3)):
+    for module, script in ((cql, o2o_sac), (td3_bc, o2o_td3), (iql, o2o_ppo)):
         folder = tmp_path_factory.mktemp(module.__name__)
         paths[script] = folder / f"{module.__name__}.pt"
         args = module.Args(updates=4, eval_every=2, eval_episodes=1, batch_size=16, compile=False)
@@ -47,7 +49,12 @@ def checkpoint(checkpoints):
     return checkpoints[o2o_sac]
 
 
-@pytest.fixture(params=[o2o_sac, o2o_td3], ids=lambda module: module.__name__)
+def for_scripts(*modules):
+    """Limits a test that takes `script` to these."""
+    return pytest.mark.parametrize("script", modules, indirect=True, ids=lambda module: module.__name__)
+
+
+@pytest.fixture(params=[o2o_sac, o2o_td3, o2o_ppo], ids=lambda module: module.__name__)
 def script(request):
     """Each of the scripts in turn, for what all of them promise."""
     return request.param
@@ -73,6 +80,10 @@ def tiny(script, checkpoints, tmp_path):
             "fit_steps": 3,
             "compile": False,
         }
+        if script is o2o_ppo:
+            for name in ("warm_up", "updates_per_step"):
+                del settings[name]
+            settings |= {"alignment_steps": None, "rollout": 4, "minibatch_size": 2, "epochs": 2}
         return script.Args(**(settings | changes))
 
     return make

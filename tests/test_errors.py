@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, TASK
 
+import o2o_ppo
 import o2o_sac
 
 
@@ -112,19 +113,26 @@ def test_an_error_of_the_file_system_is_one_sentence_too(capsys, monkeypatch, ch
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(script, tiny, monkeypatch, tmp_path):
-    real = script.td_target
-    calls = {"n": 0}
+    target, loss, good = (
+        ("clipped_surrogate", "objective", 4) if script is o2o_ppo else ("td_target", "critic_loss", 10)
+    )
+    real, calls = getattr(script, target), {"n": 0}
 
     def spoiled(*args, **kwargs):
         calls["n"] += 1
-        return real(*args, **kwargs) * (float("nan") if calls["n"] > 10 else 1)
+        return real(*args, **kwargs) * (float("nan") if calls["n"] > good else 1)
 
-    monkeypatch.setattr(script, "td_target", spoiled)
-    with pytest.raises(script.UserError, match="online/critic_loss is not finite at step 8"):
+    monkeypatch.setattr(script, target, spoiled)
+    with pytest.raises(script.UserError, match=f"online/{loss} is not finite at step 8"):
         script.main(tiny())
     saved = torch.load(tmp_path / "run/resume.pt", weights_only=True)
-    assert all(value.isfinite().all() for value in saved["nets"]["critics"].values())
+    assert all(value.isfinite().all() for net in saved["nets"].values() for value in net.values())
     assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "failed"
+
+
+def test_sizes_of_ppo_that_do_not_divide(capsys, monkeypatch):
+    assert "--minibatch-size" in refused(capsys, monkeypatch, o2o_ppo, "o2o_ppo", "--minibatch-size", "100")
+    assert "--num-envs" in refused(capsys, monkeypatch, o2o_ppo, "o2o_ppo", "--num-envs", "3")
 
 
 def test_no_compiler_falls_back_to_eager(monkeypatch, capsys):

@@ -4,12 +4,15 @@ import math
 
 import collect
 import cql
+import iql
+import numpy as np
 import pytest
 import td3_bc
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import o2o_ppo
 import o2o_sac
 import o2o_td3
 
@@ -279,3 +282,172 @@ def test_the_first_critic_alone_is_the_first_of_all():
     critics = o2o_td3.Td3Critics(torch.randn(4), torch.rand(4) + 0.5, 2, (8, 8), n=3, layer_norm=True)
     obs, action = torch.randn(5, 4), torch.randn(5, 2)
     torch.testing.assert_close(critics.first(obs, action), critics(obs, action)[0])
+
+
+def test_iql_losses_by_hand():
+    advantage = tensor(2, -1)
+    assert iql.expectile_loss(advantage, 0.7).item() == pytest.approx((0.7 * 4 + 0.3 * 1) / 2)
+    target = iql.td_target(tensor(1, 1), tensor(0, 1), tensor(10, 10), 0.9)
+    torch.testing.assert_close(target, tensor(10, 1))
+    log_prob = tensor(-1, -2, -3)
+    loss = iql.policy_loss(log_prob, tensor(0, 0.5, 9), temperature=2.0, max_weight=100.0)
+    assert loss.item() == pytest.approx((1 * 1 + math.e * 2 + 100 * 3) / 3)
+    assert iql.reward_scale(np.array([-50.0, 150.0, 0.0])) == 5
+    with pytest.raises(iql.UserError, match="same return"):
+        iql.reward_scale(np.array([3.0, 3.0]))
+
+
+def test_the_expectile_of_a_known_distribution():
+    """Between the mean and the largest value: the root of tau E[(x - v)+] = (1 - tau) E[(v - x)+]."""
+    x = torch.linspace(0, 1, 1001)
+    v = torch.tensor(0.5, requires_grad=True)
+    for _ in range(300):
+        v.data -= 0.5 * torch.autograd.grad(iql.expectile_loss(x - v, 0.9), v)[0]
+    assert v.item() == pytest.approx(0.75, abs=0.01)  # uniform: tau (1 - v)^2 = (1 - tau) v^2
+
+
+def test_gaussian_log_prob_and_entropy_are_those_of_torch():
+    mean, log_std, action = torch.randn(5, 3), torch.randn(3), torch.randn(5, 3)
+    normal = torch.distributions.Normal(mean, log_std.exp())
+    torch.testing.assert_close(o2o_ppo.gaussian_log_prob(mean, log_std, action), normal.log_prob(action).sum(-1))
+    torch.testing.assert_close(o2o_ppo.gaussian_entropy(log_std).expand(5), normal.entropy().sum(-1))
+
+
+def slow_gae(reward, value, next_value, terminated, done, gamma, lam):
+    """From the definition: sum_k (gamma lam)^k delta_(t+k), up to the end of the episode or of the rollout."""
+    steps, n = reward.shape
+    result = torch.zeros(steps, n)
+    for t in range(steps):
+        for i in range(n):
+            for k in range(steps - t):
+                bootstrap = 0.0 if terminated[t + k, i] else next_value[t + k, i].item()
+                delta = reward[t + k, i].item() + gamma * bootstrap - value[t + k, i].item()
+                result[t, i] += (gamma * lam) ** k * delta
+                if done[t + k, i]:
+                    break
+    return result
+
+
+def test_gae_against_its_definition():
+    torch.manual_seed(0)
+    reward, value, next_value = torch.randn(3, 12, 4)
+    terminated = (torch.rand(12, 4) < 0.15).float()
+    done = torch.maximum(terminated, (torch.rand(12, 4) < 0.2).float())
+    assert 0 < terminated.sum() < done.sum() < 30
+    arguments = (reward, value, next_value, terminated, done, 0.9, 0.8)
+    torch.testing.assert_close(o2o_ppo.gae(*arguments), slow_gae(*arguments))
+    one_step = o2o_ppo.gae(reward, value, next_value, terminated, done, 0.9, 0.0)
+    torch.testing.assert_close(one_step, reward + 0.9 * (1 - terminated) * next_value - value)
+
+
+def episodes_dataset(*episodes):
+    """[(rewards, does it end by a termination?), ...] -> a Dataset whose states are numbered."""
+    rows, index, state = [], [], 0.0
+    for number, (rewards, ends) in enumerate(episodes):
+        for k, reward in enumerate(rewards):
+            rows.append([state, 0.0, reward, state + 1, float(ends and k == len(rewards) - 1)])
+            index.append(number)
+            state += 1
+        state += 10
+    returns = np.array([sum(rewards) for rewards, _ in episodes])
+    return o2o_ppo.Dataset("x", torch.tensor(rows), torch.tensor(index), returns, 1, 1, None)
+
+
+def test_value_targets_do_not_leak_over_a_time_limit():
+    data = episodes_dataset(([1.0, 2.0, 4.0], False), ([8.0, 16.0], True), ([32.0], False))
+    rewards = o2o_ppo.split(data.rows, 1, 1)[2]
+    obs, sums, factor, last_obs = o2o_ppo.value_targets(data, rewards, 0.5).unbind(1)
+    assert obs.tolist() == data.rows[:, 0].tolist()
+    assert sums.tolist() == [1 + 0.5 * 2 + 0.25 * 4, 2 + 0.5 * 4, 4, 8 + 0.5 * 16, 16, 32]
+    assert factor.tolist() == [0.125, 0.25, 0.5, 0, 0, 0.5]  # bootstrapped at the time limits, not at the termination
+    assert last_obs.tolist() == [3, 3, 3, 15, 15, 26]
+    other = episodes_dataset(([1.0, 2.0, 4.0], False), ([800.0, 16.0], True), ([32.0], False))
+    targets = o2o_ppo.value_targets(other, o2o_ppo.split(other.rows, 1, 1)[2], 0.5)
+    assert targets[:3, 1].tolist() == sums[:3].tolist()
+
+
+def test_discounted_sums_by_hand():
+    sums = o2o_ppo.discounted_sums(tensor(1, 2, 4, 8), torch.tensor([True, False, True, False]), 0.5)
+    assert sums.tolist() == [1, 2.5, 4, 10]
+
+
+def test_reference_advantage_against_torch_distributions():
+    torch.manual_seed(0)
+    mean, log_std = torch.randn(4000, 3), torch.tensor([-1.0, -0.5, 0.0])
+    reference = torch.distributions.Independent(torch.distributions.Normal(mean, log_std.exp()), 1)
+    action = reference.sample()
+    x = reference.log_prob(action) + reference.entropy()
+    log_prob = o2o_ppo.gaussian_log_prob(mean, log_std, action)
+    result = o2o_ppo.reference_advantage(log_prob, o2o_ppo.gaussian_entropy(log_std), 3, alpha=2.0)
+    torch.testing.assert_close(result, 2 / 3 * (torch.log1p((x + 12).exp()) - 12))
+    assert abs(result.mean()) < 0.05
+    far = o2o_ppo.reference_advantage(tensor(-1e6), tensor(0.0), 3, alpha=2.0)
+    assert far.item() == pytest.approx(-8)  # - 4 alpha
+
+
+def test_the_auxiliary_objective_is_the_cross_entropy_to_the_reference():
+    """At ratio 1, d/dtheta E_(a~pi_old)[ratio A_ref] = - alpha / A d/dtheta H(pi, pi_ref), where h is the identity
+    (far above its bound, that of 6 dimensions here): by integration over a grid of actions."""
+    grid = torch.linspace(-6, 6, 20001)
+    mean, log_std = torch.tensor(0.3, requires_grad=True), torch.tensor(-0.4, requires_grad=True)
+    reference = torch.distributions.Normal(0.1, 0.9)
+
+    def integral(values):
+        return torch.trapezoid(values, grid)
+
+    log_prob = o2o_ppo.gaussian_log_prob(mean, log_std, grid.unsqueeze(1))
+    advantage = o2o_ppo.reference_advantage(reference.log_prob(grid), reference.entropy(), 6, alpha=12.0)
+    old = log_prob.detach()
+    surrogate = integral(old.exp() * (log_prob - old).exp() * advantage)
+    cross_entropy = -integral(log_prob.exp() * reference.log_prob(grid))
+    mine = torch.autograd.grad(surrogate, (mean, log_std), retain_graph=True)
+    theirs = torch.autograd.grad(-2.0 * cross_entropy, (mean, log_std))
+    torch.testing.assert_close(torch.stack(mine), torch.stack(theirs), rtol=0.02, atol=2e-3)
+
+
+def test_combined_advantage_is_per_sample_and_normalised():
+    advantage, reference = tensor(1, 2, 3, 6), tensor(4, -1, 0, 1)
+    result = o2o_ppo.combined_advantage(advantage, reference, weight=0.5)
+    mixed = (np.array([1, 2, 3, 6]) + 0.5 * np.std([1, 2, 3, 6], ddof=1) * np.array([4, -1, 0, 1])) / 1.5
+    expected = (mixed - mixed.mean()) / mixed.std(ddof=1)
+    assert result.shape == (4,) and result.tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+    plain = o2o_ppo.combined_advantage(advantage, reference, weight=0.0)
+    assert plain.tolist() == pytest.approx(((advantage - 3) / advantage.std()).tolist())
+
+
+def test_clipped_surrogate_by_hand():
+    ratio, advantage = tensor(1.5, 1.5, 0.5, 0.5, 1.1), tensor(1, -1, 1, -1, 2)
+    expected = (1.2 - 1.5 + 0.5 - 0.8 + 2.2) / 5
+    assert o2o_ppo.clipped_surrogate(ratio, advantage, 0.2).item() == pytest.approx(expected)
+
+
+def test_ppo_defaults_and_the_weight_of_the_reference():
+    for task, expected in (
+        ("hopper-medium-v2", (250_000, 10, math.inf, False)),
+        ("hopper-medium-expert-v2", (500_000, 5, 0.05, False)),
+        ("halfcheetah-expert-v2", (500_000, 10, math.inf, True)),
+    ):
+        args = o2o_ppo.Args(env_id=task)
+        o2o_ppo.fill_defaults(args)
+        assert (args.alignment_steps, args.epochs, args.max_std, args.scale_rewards) == expected
+    args = o2o_ppo.Args(alignment_steps=100)
+    assert [o2o_ppo.reference_weight(args, t) for t in (0, 25, 100, 999)] == [1, 0.75, 0, 0]
+    args.align = False
+    assert o2o_ppo.reference_weight(args, 0) == 0
+
+
+def test_adam_shortens_long_gradients_and_scales_its_step_like_torch():
+    torch.manual_seed(0)
+    mine, theirs = nn.Linear(3, 2), nn.Linear(3, 2)
+    theirs.load_state_dict(mine.state_dict())
+    ours = o2o_ppo.Adam(mine.parameters(), 0.1, eps=1e-5, max_norm=0.5)
+    reference = torch.optim.Adam(theirs.parameters(), eps=1e-5)
+    for step, size in enumerate((100.0, 1e-3, 5.0)):
+        x, scale = size * torch.randn(4, 3), 1 - step / 3
+        ours.minimize((mine(x) ** 2).mean(), torch.tensor(scale))
+        reference.param_groups[0]["lr"] = 0.1 * scale
+        reference.zero_grad()
+        (theirs(x) ** 2).mean().backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        reference.step()
+        torch.testing.assert_close(mine.weight, theirs.weight)

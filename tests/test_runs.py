@@ -10,13 +10,19 @@ from dataclasses import asdict
 
 import cql
 import gymnasium as gym
+import iql
 import numpy as np
 import pytest
 import td3_bc
 import torch
-from conftest import ROOT
+from conftest import ROOT, for_scripts
 
+import o2o_ppo
 import o2o_sac
+import o2o_td3
+
+OFF_POLICY = for_scripts(o2o_sac, o2o_td3)
+ON_POLICY = for_scripts(o2o_ppo)
 
 
 def weights(run_dir, part="nets"):
@@ -44,16 +50,17 @@ def test_a_run_leaves_everything_it_promises(script, tiny, tmp_path):
     scores = [score for _, score in summary["scores"]]
     assert summary["final_score"] == pytest.approx(np.mean(scores)) and summary["best_score"] == max(scores)
     assert summary["initial_drop"] == pytest.approx(summary["offline_score"] - scores[0])
-    assert summary["fitted_score"] is None and summary["aligned_score"] is not None
-    assert set(summary["updates_per_second"]) == {"reevaluate", "align", "online"}
+    stages = ["reevaluate", "online"] if script is o2o_ppo else ["reevaluate", "align", "online"]
+    assert summary["fitted_score"] is None and (summary["aligned_score"] is None) == ("align" not in stages)
+    assert set(summary["updates_per_second"]) == set(stages)
     assert summary["selection_steps"] > 0
     rows = metrics(run)
     assert [(row["stage"], row["step"]) for row in rows] == [
-        *(("reevaluate", step) for step in (4,)),
-        *(("align", step) for step in (4,)),
+        *((stage, 4) for stage in stages[:-1]),
         *(("online", step) for step in (4, 8, 12)),
     ]
-    assert {"online/multiplier", "online/kl" if script is o2o_sac else "online/distance"} <= set(rows[-1])
+    own = {o2o_sac: {"multiplier", "kl"}, o2o_td3: {"multiplier", "distance"}, o2o_ppo: {"reference_weight", "kl"}}
+    assert {f"online/{key}" for key in own[script]} <= set(rows[-1])
     model = torch.load(run / "model.pt", weights_only=True)
     assert model["algorithm"] == script.__name__ and model["format"] == 1 and model["step"] == 12
     policy, _ = script.load_policy(run / "model.pt", "hopper-medium-v2", 11, 3, 0.1)  # a source for the next run
@@ -74,7 +81,8 @@ def test_evaluating_more_often_changes_no_training_number(script, tiny, tmp_path
         args.reference, args.reference_every = "interval", 5
         args.reevaluation_steps = args.alignment_steps = 300
         script.main(args)
-    assert len(metrics(tmp_path / "often")) == 9 and len(metrics(tmp_path / "once")) == 3
+    stages = 2 if script is o2o_ppo else 3
+    assert len(metrics(tmp_path / "often")) == 3 * stages and len(metrics(tmp_path / "once")) == stages
     assert_same(weights(tmp_path / "often"), weights(tmp_path / "once"))
     assert json.loads((tmp_path / "once/summary.json").read_text())["selection_steps"] == 0
 
@@ -91,6 +99,7 @@ class Recorder(gym.Wrapper):
         return result
 
 
+@OFF_POLICY
 def test_the_buffer_holds_what_the_environment_saw(script, tiny, tmp_path, monkeypatch):
     log, made, real = [], [], script.load_dataset
 
@@ -119,6 +128,7 @@ def test_the_buffer_holds_what_the_environment_saw(script, tiny, tmp_path, monke
     assert any(row[5] and not row[4] for row in log), "no time limit was met"
 
 
+@OFF_POLICY
 def test_a_complete_run_can_be_made_longer(script, tiny, tmp_path):
     script.main(tiny(run_dir=str(tmp_path / "long")))
     script.main(tiny(online_steps=8))
@@ -126,6 +136,7 @@ def test_a_complete_run_can_be_made_longer(script, tiny, tmp_path):
     assert_same(weights(tmp_path / "long"), weights(tmp_path / "run"))
 
 
+@OFF_POLICY
 @pytest.mark.parametrize(
     ("switch", "skipped"), [("reevaluate", "reevaluate"), ("align", "align"), ("constrain", None)]
 )  # fmt: skip
@@ -136,11 +147,13 @@ def test_ablations(script, tiny, tmp_path, switch, skipped):
     assert (rows[-1]["online/multiplier"] == 0) == (switch == "constrain")
 
 
+@OFF_POLICY
 @pytest.mark.parametrize("use", ["all", "none", "part"])
 def test_uses_of_the_offline_data(script, tiny, tmp_path, use):
     assert script.main(tiny(offline_data=use))["status"] == "complete"
 
 
+@OFF_POLICY
 def test_the_reference_is_renewed_only_by_a_better_policy_or_at_intervals(script, tiny, tmp_path, monkeypatch):
     def reference_equals_actor(scores, **changes):
         """Runs with these scores of the modes: offline, aligned twice (in the stage, at its end), then online."""
@@ -165,6 +178,7 @@ def test_the_reference_is_renewed_only_by_a_better_policy_or_at_intervals(script
     assert reference_equals_actor([0.5, 0.1, 0.1, 0.9], reference="interval", reference_every=3) == (False, 0)
 
 
+@OFF_POLICY
 def test_an_aligned_policy_that_scores_higher_becomes_the_reference(script, tiny, tmp_path, monkeypatch):
     for aligned, expected in ((0.9, True), (0.1, False)):
         left = [0.5, aligned, aligned, 0.0]
@@ -177,12 +191,14 @@ def test_an_aligned_policy_that_scores_higher_becomes_the_reference(script, tiny
         assert all(torch.equal(nets["targets"][k], v) for k, v in nets["critics"].items())
 
 
+@OFF_POLICY
 def test_without_alignment_the_targets_start_as_the_reevaluated_critics(script, tiny, tmp_path):
     script.main(tiny(align=False, online_steps=4, warm_up=4))
     nets = torch.load(tmp_path / "run/resume.pt", weights_only=True)["nets"]
     assert all(torch.equal(nets["targets"][k], v) for k, v in nets["critics"].items())
 
 
+@OFF_POLICY
 def test_without_the_constraint_lambda_has_no_effect(script, tiny, tmp_path):
     for name, changes in (("a", {"multiplier": 1.0}), ("b", {"multiplier": 9.0})):
         script.main(tiny(run_dir=str(tmp_path / name), constrain=False, **changes))
@@ -190,6 +206,7 @@ def test_without_the_constraint_lambda_has_no_effect(script, tiny, tmp_path):
     assert_same(*actors)
 
 
+@OFF_POLICY
 def test_updates_and_multiplier_steps_are_counted_as_documented(script, tiny, monkeypatch):
     calls = {"updates": 0, "multiplier": 0}
     real_updates, real_loss = script.make_updates, script.multiplier_loss
@@ -254,15 +271,26 @@ def test_another_policy_class_is_fitted(script, tiny, tmp_path, checkpoint, kind
     torch.save({**saved, "algorithm": kind, "policy": policy, "actor": state}, path)
     args = tiny(checkpoint=str(path), run_dir=str(tmp_path / kind), fit_steps=800, batch_size=64, online_steps=4)
     summary = script.main(args)
-    own = kind == {"o2o_sac": "squashed_gaussian", "o2o_td3": "deterministic"}[script.__name__]
+    own = (
+        kind
+        in {
+            o2o_sac: ("squashed_gaussian",),
+            o2o_td3: ("deterministic",),
+            o2o_ppo: ("tanh_gaussian", "deterministic"),  # the mean is the same network, a std is set
+        }[script]
+    )
     assert (summary["fitted_score"] is None) == own
     obs = script.load_dataset("hopper-medium-v2").rows[:500, :11]
     if script is o2o_sac:
         student = script.SquashedGaussianActor(*stats, 3, (16, 16) if own else (256, 256, 256))
-    else:
+    elif script is o2o_td3:
         student = script.DeterministicActor(*stats, 3, (16, 16) if own else (256, 256))
-    student.load_state_dict(torch.load(tmp_path / kind / "resume.pt", weights_only=True)["nets"]["behaviour"])
-    assert (student.mode(obs) - teacher.mode(obs)).abs().mean() < (1e-6 if own else 0.06)
+    else:
+        student = script.TanhGaussianActor(*stats, 3, (16, 16) if own else (256, 256), std=0.1)
+    nets = torch.load(tmp_path / kind / "resume.pt", weights_only=True)["nets"]
+    student.load_state_dict(nets["actor" if script is o2o_ppo else "behaviour"])  # PPO's moves a little in one step
+    limit = {True: 1e-6, False: 0.06} if script is not o2o_ppo else {True: 1e-3, False: 0.1}
+    assert (student.mode(obs) - teacher.mode(obs)).abs().mean() < limit[own]
 
 
 def command_line(module, args):
@@ -270,18 +298,22 @@ def command_line(module, args):
     argv = [sys.executable, str(ROOT / f"{module}.py")]
     for key, value in asdict(args).items():
         flag = "--" + key.replace("_", "-")
-        if isinstance(value, bool):
+        if isinstance(value, bool) and isinstance(getattr(type(args), key), bool):
             argv.append(flag if value else flag.replace("--", "--no-", 1))
         elif value is not None:
             argv += [flag, str(value)]
     return argv
 
 
-@pytest.mark.parametrize("stage", ["align", "online"])
+@pytest.mark.parametrize("stage", ["offline", "online"])
 def test_kill_and_resume_equals_uninterrupted(script, tiny, tmp_path, stage):
     """A real SIGKILL at an arbitrary moment of a stage, then --resume."""
+    if stage == "offline":
+        stage = "reevaluate" if script is o2o_ppo else "align"
     settings = {"reevaluation_steps": 200, "alignment_steps": 300, "online_steps": 150, "eval_every": 25}
     settings |= {"eval_every_updates": 100}
+    if script is o2o_ppo:
+        settings |= {"num_envs": 2, "scale_rewards": True, "reevaluation_steps": 300}
     script.main(tiny(run_dir=str(tmp_path / "whole"), **settings))
     killed = tmp_path / "killed"
     process = subprocess.Popen(
@@ -318,22 +350,141 @@ def test_interrupting_writes_a_summary(script, tiny, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "interrupted"
 
 
-@pytest.mark.parametrize("module", [cql, td3_bc], ids=lambda module: module.__name__)
-def test_offline_training_resumes_exactly(module, tmp_path):
+@pytest.mark.parametrize("module", [cql, td3_bc, iql], ids=lambda module: module.__name__)
+def test_offline_training_resumes_exactly(module, tmp_path, monkeypatch):
     def args(name, **changes):
-        files = {"output": str(tmp_path / f"{name}.pt"), "run_dir": str(tmp_path / name)}
-        return module.Args(
-            **{"updates": 6, "eval_every": 3, "eval_episodes": 1, "batch_size": 8, "compile": False} | files | changes
-        )
+        settings = {"updates": 6, "eval_every": 3, "eval_episodes": 1, "batch_size": 8, "compile": False}
+        settings |= {"output": str(tmp_path / f"{name}.pt"), "run_dir": str(tmp_path / name)}
+        return module.Args(**settings | changes)
 
     module.main(args("whole"))
-    module.main(args("cut", updates=3))
+    real, calls = module.evaluate, []
+
+    def cut_off(*rest):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "evaluate", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            module.main(args("cut"))
+    assert [row["step"] for row in metrics(tmp_path / "cut")] == [3]
     module.main(args("cut", resume=str(tmp_path / "cut"), output=str(tmp_path / "rest.pt")))
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     assert [row["step"] for row in metrics(tmp_path / "cut")] == [3, 6]
     saved = torch.load(tmp_path / "rest.pt", weights_only=True)
-    kind = {"cql": "squashed_gaussian", "td3_bc": "deterministic"}[module.__name__]
+    kind = {cql: "squashed_gaussian", td3_bc: "deterministic", iql: "tanh_gaussian"}[module]
     assert saved["algorithm"] == module.__name__ and saved["step"] == 6 and saved["policy"]["kind"] == kind
+
+
+@ON_POLICY
+@pytest.mark.parametrize("switch", ["reevaluate", "align"])
+def test_ablations_of_ppo(script, tiny, tmp_path, switch):
+    summary = script.main(tiny(**{switch: False}))
+    rows = metrics(tmp_path / "run")
+    assert ("reevaluate" in {row["stage"] for row in rows}) == (switch != "reevaluate")
+    weights_of_reference = [row["online/reference_weight"] for row in rows if row["stage"] == "online"]
+    assert weights_of_reference[0] == (0 if switch == "align" else 1)
+    assert (summary["selection_steps"] == 0) == (switch == "align")
+
+
+@ON_POLICY
+def test_the_reference_of_ppo_is_renewed_only_by_a_better_policy_or_at_intervals(script, tiny, tmp_path, monkeypatch):
+    def reference_equals_actor(scores, **changes):
+        left = list(scores)  # offline, then after each iteration
+        monkeypatch.setattr(script, "evaluate", lambda *args: (3234.3 * left.pop(0), 0.0, 1))
+        run_dir = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        summary = script.main(tiny(run_dir=str(run_dir), online_steps=8, **changes))
+        saved = torch.load(run_dir / "resume.pt", weights_only=True)["nets"]
+        same = all(torch.equal(saved["reference"][key], value) for key, value in saved["actor"].items())
+        return same, summary["selection_steps"]
+
+    assert reference_equals_actor([0.5, 0.1, 0.9]) == (True, 3)
+    assert reference_equals_actor([0.5, 0.9, 0.8]) == (False, 3)
+    assert reference_equals_actor([0.5, 0.1, 0.1], reference="interval", reference_every=8) == (True, 0)
+    assert reference_equals_actor([0.5, 0.1, 0.9], reference="interval", reference_every=5) == (True, 0)
+    assert reference_equals_actor([0.5, 0.1, 0.9], reference="interval", reference_every=9) == (False, 0)
+
+
+@ON_POLICY
+def test_updates_of_ppo_are_counted_as_documented(script, tiny, monkeypatch):
+    scales, real = [], script.make_updates
+
+    def make_updates(*args):
+        reevaluate, finetune = real(*args)
+
+        def counted(rows, scale):
+            assert rows.shape == (2, 11 + 3 + 3)
+            scales.append(scale.item())
+            return finetune(rows, scale)
+
+        return reevaluate, counted
+
+    monkeypatch.setattr(script, "make_updates", make_updates)
+    summary = script.main(tiny(online_steps=10, epochs=3))  # rounded up: 3 iterations of 4 steps
+    assert scales == pytest.approx([1] * 6 + [2 / 3] * 6 + [1 / 3] * 6)
+    assert summary["online_steps"] == 12
+
+
+class Counter(gym.Env):
+    """The observation counts the steps since the reset, 100 times the environment's number on top of it; the episode
+    terminates after `limit` steps if `ends`, else it is truncated."""
+
+    observation_space = gym.spaces.Box(-1e6, 1e6, (1,), np.float64)
+    action_space = gym.spaces.Box(-1, 1, (2,), np.float64)
+
+    def __init__(self, number, limit, ends):
+        self.number, self.limit, self.ends = number, limit, ends
+
+    def reset(self, seed=None, options=None):
+        self.count = 0
+        return np.array([100.0 * self.number]), {}
+
+    def step(self, action):
+        assert (np.abs(action) <= 1).all(), "the environment has to receive the clipped action"
+        self.count += 1
+        over = self.count == self.limit
+        obs = np.array([100.0 * self.number + self.count])
+        return obs, 1.0, over and self.ends, over and not self.ends, {}
+
+
+def test_a_rollout_of_several_environments_holds_only_real_transitions():
+    """Nothing crosses the end of an episode: neither the reset's observation as a next one nor a step that resets."""
+    envs = gym.vector.SyncVectorEnv(
+        [lambda: Counter(0, 3, True), lambda: Counter(1, 4, False)], autoreset_mode=o2o_ppo.AutoresetMode.SAME_STEP
+    )
+    actor = o2o_ppo.TanhGaussianActor(torch.zeros(1), torch.ones(1), 2, (8,), std=2.0)
+    args, generator = o2o_ppo.Args(rollout=20, num_envs=2), torch.Generator().manual_seed(0)
+    batch, last = o2o_ppo.collect_rollout(args, actor, envs, envs.reset()[0], generator, None, "cpu")
+    obs, action, log_prob, reward, next_obs, terminated, done = batch
+    assert obs.shape == next_obs.shape == (10, 2, 1) and action.shape == (10, 2, 2) and log_prob.shape == (10, 2)
+    assert obs[:, 0, 0].tolist() == [0, 1, 2] * 3 + [0] and obs[:, 1, 0].tolist() == [100, 101, 102, 103] * 2 + [
+        100,
+        101,
+    ]
+    torch.testing.assert_close(next_obs, obs + 1)
+    assert last[:, 0].tolist() == [1, 102]
+    assert terminated[:, 0].tolist() == [0, 0, 1] * 3 + [0] and terminated[:, 1].sum() == 0
+    assert done[:, 0].tolist() == [0, 0, 1] * 3 + [0] and done[:, 1].tolist() == [0, 0, 0, 1] * 2 + [0, 0]
+    assert action.abs().max() > 1, "the stored action is that before clipping, whose density is known"
+    mean, log_std = actor(obs)
+    expected = torch.distributions.Normal(mean, log_std.exp()).log_prob(action).sum(-1)
+    torch.testing.assert_close(log_prob, expected)
+
+
+def test_rewards_are_scaled_by_the_std_of_the_discounted_return():
+    scaler = o2o_ppo.RewardScaler(gamma=0.5, num_envs=2)
+    totals = [[2.0, 4.0], [1 + 0.5 * 2, 3 + 0.5 * 4], [5.0, 6 + 0.5 * 5]]  # the first environment ends after two steps
+    rewards = [([2.0, 4.0], [False, False]), ([1.0, 3.0], [True, False]), ([5.0, 6.0], [False, False])]
+    for reward, done in rewards:
+        scaled = scaler(np.array(reward), np.array(done))
+    std = np.std(np.concatenate(totals))
+    np.testing.assert_allclose(scaled, np.array([5.0, 6.0]) / std, rtol=1e-3)  # gymnasium starts at a count of 1e-4
+    twin = o2o_ppo.RewardScaler(gamma=0.5, num_envs=2)
+    twin.load_state_dict(scaler.state_dict())
+    np.testing.assert_array_equal(twin(np.ones(2), np.zeros(2, bool)), scaler(np.ones(2), np.zeros(2, bool)))
 
 
 def test_the_state_of_the_environment_survives_a_save():

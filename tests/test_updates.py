@@ -5,10 +5,12 @@ from copy import deepcopy
 
 import collect
 import cql
+import iql
 import pytest
 import td3_bc
 import torch
 
+import o2o_ppo
 import o2o_sac
 import o2o_td3
 
@@ -310,7 +312,92 @@ def test_td3_multiplier_rises_when_violated_and_falls_when_slack():
         assert (nets["log_multiplier"].weight.item() > 0) == rises
 
 
-OTHERS = {"fit": {"actor"}, "td3 fit": {"actor"}, "cql": None, "behaviour": None, "td3_bc": None}
+def ppo_parts(lr=1e-3, **changes):
+    """-> nets, and PPO's two updates."""
+    torch.manual_seed(0)
+    stats = torch.zeros(OBS), torch.ones(OBS)
+    actor = o2o_ppo.TanhGaussianActor(*stats, ACT, (16, 16), std=0.5)
+    nets = {"actor": actor, "reference": deepcopy(actor), "value": o2o_ppo.Value(*stats, (16, 16), torch.nn.Tanh)}
+    args = o2o_ppo.Args(**changes)
+    o2o_ppo.fill_defaults(args)
+    optimizers = {key: o2o_ppo.Adam(nets[key].parameters(), lr, max_norm=0.5) for key in ("actor", "value")}
+    optimizers["reevaluation"] = o2o_ppo.Adam(nets["value"].parameters(), lr)
+    return nets, o2o_ppo.make_updates(args, nets, optimizers, OBS, ACT)
+
+
+def ppo_batch(step, actor=None):
+    """Rows of stage 2 with the log_prob of `actor`."""
+    rows = torch.randn(BATCH, OBS + ACT + 3, generator=torch.Generator().manual_seed(step))
+    if actor is not None:
+        mean, log_std = actor(rows[:, :OBS])
+        rows[:, OBS + ACT] = o2o_ppo.gaussian_log_prob(mean, log_std, rows[:, OBS : OBS + ACT]).detach()
+    return rows
+
+
+def iql_parts(**changes):
+    torch.manual_seed(0)
+    stats = torch.zeros(OBS), torch.ones(OBS)
+    nets = {"actor": iql.TanhGaussianActor(*stats, ACT, (16, 16), std=1.0)}
+    nets |= {"critics": iql.Critics(*stats, ACT, (16, 16), n=3), "value": iql.Value(*stats, (16, 16), torch.nn.ReLU)}
+    nets["targets"] = deepcopy(nets["critics"])
+    return nets, iql.make_update(iql.Args(**changes), nets, OBS, ACT)[1]
+
+
+def test_ppo_and_iql_write_their_networks_and_no_others():
+    for stage, written in ((0, {"value"}), (1, {"actor", "value"})):
+        nets, updates = ppo_parts()
+        before = {key: flat(net) for key, net in nets.items()}
+        rows = torch.randn(BATCH, 2 * OBS + 2) if stage == 0 else ppo_batch(0)
+        updates[stage](rows, torch.tensor(1.0))
+        assert {key for key, net in nets.items() if not torch.equal(before[key], flat(net))} == written
+    nets, update = iql_parts()
+    before = {key: flat(net) for key, net in nets.items()}
+    update(batch(1)[0], torch.tensor(1.0))
+    assert {key for key, net in nets.items() if not torch.equal(before[key], flat(net))} == set(nets)
+    actor = flat(nets["actor"])
+    update(batch(1)[0], torch.tensor(0.0))  # the end of the cosine
+    assert torch.equal(actor, flat(nets["actor"]))
+
+
+def test_ppo_value_fit_finds_the_value_of_a_known_process():
+    """Reward 1, cut off by time limits 1 to 3 steps later: V = 1 / (1 - gamma) only if they are bootstrapped."""
+    nets, (reevaluate, _) = ppo_parts(lr=3e-3)
+    gamma = 0.8
+    for _ in range(1500):
+        rows, left = torch.randn(BATCH, 2 * OBS + 2), torch.randint(1, 4, (BATCH,))
+        rows[:, OBS], rows[:, OBS + 1] = (1 - gamma**left) / (1 - gamma), gamma**left
+        reevaluate(rows, None)
+    assert nets["value"](torch.randn(1024, OBS)).mean().item() == pytest.approx(5, rel=0.05)
+
+
+def test_ppo_makes_good_actions_likelier_and_keeps_the_std_below_its_cap():
+    nets, (_, finetune) = ppo_parts(max_std=0.55, entropy_weight=1.0, lr=0.01)
+    old = deepcopy(nets["actor"])
+    rows = ppo_batch(0, old)
+    rows[:, -2] = torch.where(torch.arange(BATCH) < BATCH // 2, 1.0, -1.0)
+    for _ in range(20):
+        finetune(rows, torch.tensor(1.0))
+    mean, log_std = nets["actor"](rows[:, :OBS])
+    gain = o2o_ppo.gaussian_log_prob(mean, log_std, rows[:, OBS : OBS + ACT]) - rows[:, OBS + ACT]
+    assert gain[: BATCH // 2].mean() > gain[BATCH // 2 :].mean() + 0.05
+    assert nets["actor"].log_std.exp().max() <= 0.55 + 1e-6
+
+
+def test_iql_learns_the_better_of_two_actions_in_the_data():
+    """Half of the data's actions earn 1, half 0: V lies nearer to 1, and the policy imitates the former."""
+    nets, update = iql_parts(expectile=0.9, temperature=5.0, learning_rate=3e-3, tau=0.05)
+    for step in range(800):
+        rows, _ = batch(step)
+        good = (torch.arange(BATCH) % 2).float()
+        rows[:, OBS : OBS + ACT], rows[:, OBS + ACT], rows[:, -1] = (good - 0.5).unsqueeze(1), good, 1.0
+        update(rows, torch.tensor(1.0))
+    obs = torch.randn(256, OBS)
+    assert nets["value"](obs).mean().item() == pytest.approx(0.9, abs=0.07)  # the expectile of a fair coin
+    assert nets["actor"].mode(obs).mean().item() > 0.3
+
+
+OTHERS = {"fit": {"actor"}, "td3 fit": {"actor"}, "cql": None, "behaviour": None, "td3_bc": None, "iql": None}
+OTHERS |= {"ppo reevaluate": {"value"}, "ppo finetune": {"actor", "value"}, "ppo fit": {"actor"}}
 
 
 def run_updates(name, compiled):
@@ -324,6 +411,21 @@ def run_updates(name, compiled):
     elif name == "td3_bc":
         nets, update = td3_bc_parts(tau=0.5, learning_rate=0.01)
         extra = lambda step: (step % 2 == 1,)  # noqa: E731
+    elif name == "iql":
+        nets, own = iql_parts(tau=0.5, learning_rate=0.01)
+        update = lambda rows, noise, scale: own(rows, scale)  # noqa: E731
+        extra = lambda step: (torch.tensor(1 - 0.1 * step),)  # noqa: E731
+    elif name.startswith("ppo"):
+        nets, updates = ppo_parts(lr=0.01)
+        old = deepcopy(nets["actor"])
+        if name == "ppo fit":
+            optimizer = o2o_ppo.Adam(nets["actor"].parameters(), 0.01)
+            update = o2o_ppo.fit_update(small_nets(seed=1)["actor"], nets["actor"], optimizer)
+        elif name == "ppo reevaluate":
+            update = lambda rows, noise: updates[0](rows[:, : 2 * OBS + 2], noise)  # noqa: E731
+        else:
+            update = lambda rows, noise, scale: updates[1](rows, scale)  # noqa: E731
+            extra = lambda step: (torch.tensor(1 - 0.1 * step),)  # noqa: E731
     elif name == "behaviour":
         torch.manual_seed(0)
         nets, _, update = collect.make_sac(OBS, ACT, "cpu", tau=0.5, lr=0.01)
@@ -351,6 +453,8 @@ def run_updates(name, compiled):
         rows, noise = batch(step)
         if name == "cql":
             noise = torch.randn(10, BATCH, ACT, generator=torch.Generator().manual_seed(step))
+        if name == "ppo finetune":
+            rows = ppo_batch(step, old)
         update(rows, noise, *extra(step))
     return {key: flat(net) - before[key] for key, net in nets.items()}
 

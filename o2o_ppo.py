@@ -1,0 +1,1142 @@
+"""O2PPO: from an offline policy to online PPO, an algorithm without a Q (OCR-CFT, Luo et al. 2024, arXiv 2412.18855).
+
+Started naively from an offline policy, PPO has a value function that knows nothing, and improves the policy in any
+direction that the noise of a few rollouts suggests. Two things change; only the offline *policy* is used, whatever
+trained it:
+
+  1 reevaluate  learn V on the data's own returns                                   value_targets
+  2 align and   add the advantage of a reference policy to PPO's: an action that    reference_advantage,
+    finetune    pi_ref would not take counts as a bad one. Its weight falls to 0;   combined_advantage,
+                pi_ref is the best policy so far. The rest is PPO.                  clipped_surrogate
+
+    python o2o_ppo.py --env-id hopper-medium-v2  # makes the dataset, then both stages
+    python o2o_ppo.py --no-align --no-reevaluate  # PPO started naively from the same policy
+    python o2o_ppo.py --reevaluation-steps 1000000 --online-steps 250000  # the paper's budget
+
+There is no separate stage of alignment and no multiplier: E[ratio A_ref] grows exactly as the cross-entropy from pi to
+pi_ref falls, so the auxiliary advantage is alignment and constraint in one.
+
+Differs from the released code: there A_ref (N,) and A (N, 1) are added to (N, N), where A_ref cancels and plain PPO is
+left (that is --no-align here); returns and next states do not cross the ends of episodes; a time limit is bootstrapped;
+one set of observation statistics, the checkpoint's; evaluation has environments and seeds of its own.
+
+Blocks between `# shared:` and `# end shared` (tasks, data, networks, files, plots) are the same in every script. The
+method is the rest: from discounted_sums to train.
+"""
+
+import difflib
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import h5py
+import imageio
+import matplotlib.pyplot as plt
+import minari
+import mujoco
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from gymnasium.vector import AutoresetMode
+from gymnasium.wrappers.utils import RunningMeanStd
+from minari.storage.datasets_root_dir import get_dataset_path
+from torch import nn
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env_id: str = "hopper-medium-v2"  # {hopper,walker2d,halfcheetah}-{random,medium{,-replay,-expert},expert}-v2
+    seed: int = 1  # the only seed: networks, batches, training and evaluation environments derive from it
+    exp_name: str = "o2o_ppo"  # part of the run folder's name
+    cuda: bool = False  # train on a GPU
+    track: bool = False  # also log to Weights & Biases
+    wandb_project_name: str = "o2o"  # project there
+    wandb_entity: str | None = None  # team there
+    capture_video: bool = False  # film an episode of the offline and the final policy
+    dataset: str | None = None  # Minari id or D4RL .hdf5 file; None: local Minari dataset o2o/<env_id>, made if missing
+    checkpoint: str | None = None  # offline policy; None: offline/checkpoints/<env_id>/iql.pt
+    run_dir: str | None = None  # folder of this run; None: runs/<env_id>__<exp_name>__<seed>__<time>
+    resume: str | None = None  # folder of a run that was cut off, to be continued
+
+    reevaluation_steps: int = 100_000  # updates of stage 1 (paper: 1,000,000)
+    online_steps: int = 250_000  # environment steps of stage 2, rounded up to whole iterations (paper: 250,000)
+    reevaluate: bool = True  # stage 1; off: ablation, V starts untrained
+    align: bool = True  # the reference policy's advantage; off: plain PPO
+    fit_steps: int = 20_000  # updates that fit our actor to an offline policy of another class
+    fit_std: float = 0.1  # std of the actions, given to a deterministic offline policy, which has none
+    num_envs: int = 1  # environments stepped together
+    eval_every: int = 2_500  # environment steps between evaluations, rounded up to whole iterations
+    eval_every_updates: int = 5_000  # updates between them in stage 1, rounded up to hundreds
+    eval_episodes: int = 10  # episodes of one evaluation, all at once
+
+    rollout: int = 2_048  # environment steps of one iteration, of all environments together
+    epochs: int | None = None  # passes over them; None: 10, on hopper's expert and medium-expert data 5
+    minibatch_size: int = 128  # transitions of one gradient step of stage 2
+    batch_size: int = 512  # those of stage 1, and of the fit to a policy of another class
+    gamma: float = 0.99  # discount
+    gae_lambda: float = 0.95  # weight of longer returns in the advantage
+    clip: float = 0.2  # largest change of an action's probability that is rewarded
+    entropy_weight: float = 0.01  # weight of the policy's entropy
+    policy_lr: float = 3e-5  # actor; falls linearly to 0 over online_steps
+    critic_lr: float = 2e-4  # V in stage 2; falls likewise
+    reevaluation_lr: float = 1e-4  # V in stage 1
+    fit_lr: float = 3e-4  # the fit to a policy of another class
+    max_grad_norm: float = 0.5  # longer gradients are shortened to it
+    max_std: float | None = None  # largest std of the policy; None: 0.05 on hopper's expert and medium-expert data
+    scale_rewards: bool | None = None  # divide by the running std of the discounted return; None: on HalfCheetah
+    alpha: float = 2.0  # size of the reference policy's advantage
+    alignment_steps: int | None = None  # environment steps in which its weight falls to 0; None: 250k, expert data 500k
+    reference: Literal["best", "interval"] = "best"  # pi_ref: the best policy so far, or renewed at intervals
+    reference_every: int = 25_000  # environment steps between renewals with --reference interval
+
+    compile: bool = True  # compile each update into one graph
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # fp32; medium: bf16 products
+    num_threads: int = 1  # CPU threads: such small networks get slower, not faster, once threads exceed the free cores
+
+
+# shared: tasks
+class UserError(Exception):
+    """Something the user can put right: `run_cli` prints it as one sentence and exits with code 2."""
+
+
+# D4RL's names: environment, and the two returns that make 0 and 100 points (D4RL's, measured on its own environments)
+ENVS = {
+    "hopper": ("Hopper-v5", -20.272305, 3234.3),
+    "walker2d": ("Walker2d-v5", 1.629008, 4592.3),
+    "halfcheetah": ("HalfCheetah-v5", -280.178953, 12135.0),
+}
+TASKS = [f"{env}-{q}-v2" for env in ENVS for q in ("random", "medium", "medium-replay", "medium-expert", "expert")]
+
+
+def parse_task(env_id):
+    """`hopper-medium-v2` -> (`hopper`, `medium`). Raises UserError for a name that is not in TASKS."""
+    if env_id not in TASKS:
+        near = difflib.get_close_matches(env_id, TASKS, n=len(TASKS), cutoff=0.0)
+        raise UserError(f"unknown task '{env_id}'; known tasks, nearest first: {', '.join(near)}")
+    name, quality = env_id.removesuffix("-v2").split("-", 1)
+    return name, quality
+
+
+def normalized_score(env_id, returns):
+    """100 * (return - random) / (expert - random), D4RL's points; `returns` a number or an array."""
+    _, low, high = ENVS[parse_task(env_id)[0]]
+    return 100 * (returns - low) / (high - low)
+
+
+# end shared
+
+
+def fill_defaults(args):
+    """Settings that depend on the data (appendix of the paper). Raises UserError for sizes that do not divide."""
+    name, quality = parse_task(args.env_id)
+    expert = quality in ("expert", "medium-expert")
+    if args.alignment_steps is None:
+        args.alignment_steps = 500_000 if expert else 250_000
+    if args.epochs is None:
+        args.epochs = 5 if expert and name == "hopper" else 10
+    if args.max_std is None:
+        args.max_std = 0.05 if expert and name == "hopper" else math.inf
+    if args.scale_rewards is None:
+        args.scale_rewards = name == "halfcheetah"
+    if args.checkpoint is None:
+        args.checkpoint = str(Path(__file__).resolve().parent / "offline/checkpoints" / args.env_id / "iql.pt")
+    for name in ("num_envs", "minibatch_size"):
+        if args.rollout % getattr(args, name):
+            raise UserError(f"--rollout {args.rollout} is not a multiple of --{name.replace('_', '-')}; change either")
+
+
+# shared: dataset
+class Dataset(NamedTuple):
+    """An offline dataset in memory: N transitions of whole episodes. Time limits are not terminations."""
+
+    name: str
+    rows: torch.Tensor  # (N, 2 O + A + 2) float32: observation, action, reward, next observation, terminated
+    episode: torch.Tensor  # (N,) index of the episode of each row
+    returns: np.ndarray  # (E,) undiscounted return of each episode
+    obs_dim: int
+    act_dim: int
+    make_env: Callable[..., gym.Env]  # the environment the data belong to
+
+
+def split(rows, obs_dim, act_dim):
+    """(B, 2 O + A + 2) rows -> obs (B, O), action (B, A), reward (B,), next_obs (B, O), terminated (B,)."""
+    obs, action, reward, next_obs, terminated = rows.split([obs_dim, act_dim, 1, obs_dim, 1], dim=-1)
+    return obs, action, reward.squeeze(-1), next_obs, terminated.squeeze(-1)
+
+
+def read_minari(dataset_id, download):
+    """-> episodes [(observations (T+1, O), actions (T, A), rewards (T,), terminations (T,))] and make_env."""
+    try:
+        data = minari.load_dataset(dataset_id, download=download)
+        episodes = [(e.observations, e.actions, e.rewards, e.terminations) for e in data.iterate_episodes()]
+    except Exception as error:  # whatever the store or the network raises, the user has to look at the dataset
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"cannot read the Minari dataset '{dataset_id}' ({reason}); see `minari list local`") from error
+    return episodes, data.recover_environment
+
+
+def read_d4rl(path, gym_id):
+    """The same from a file in D4RL's layout, which has no next state where an episode ends by time limit: that last
+    step is dropped. D4RL collected on the environments that gymnasium calls v4."""
+    try:
+        with h5py.File(path) as file:
+            obs, actions, rewards, ends = (file[key][()] for key in ("observations", "actions", "rewards", "terminals"))
+            limits = file["timeouts"][()] if "timeouts" in file else np.zeros(len(ends))
+    except (OSError, KeyError) as error:
+        raise UserError(f"{path} is not a complete HDF5 file in D4RL's layout ({error})") from error
+    if not len(obs) == len(actions) == len(rewards) == len(ends) == len(limits):
+        raise UserError(f"{path}: observations, actions, rewards, terminals and timeouts differ in length")
+    ends, episodes, start = ends.astype(bool), [], 0
+    for last in np.flatnonzero(ends | limits.astype(bool) | (np.arange(len(ends)) == len(ends) - 1)):
+        if ends[last]:  # the state after a terminal is never used, so any will do
+            observations, stop = np.concatenate([obs[start : last + 1], obs[last : last + 1]]), last + 1
+        else:
+            observations, stop = obs[start : last + 1], last
+        if stop > start:
+            episodes.append((observations, actions[start:stop], rewards[start:stop], ends[start:stop]))
+        start = last + 1
+    return episodes, lambda **kwargs: gym.make(gym_id.replace("-v5", "-v4"), **kwargs)
+
+
+def load_dataset(env_id, dataset=None):
+    """`dataset`: a Minari id or a path to a D4RL .hdf5 file; None: the local Minari dataset o2o/<env_id>, which
+    offline/collect.py makes if it does not exist. Only an explicit Minari id may touch the network.
+    Raises UserError if there is no such dataset or if it does not fit the task."""
+    gym_id, low, high = ENVS[parse_task(env_id)[0]]
+    name = dataset or f"o2o/{env_id}"
+    if name.endswith((".hdf5", ".h5")):
+        episodes, make_env = read_d4rl(name, gym_id)
+    else:
+        if not dataset and not get_dataset_path(name).exists():
+            here = Path(__file__).resolve().parent
+            collect = next((p for p in (here / "offline/collect.py", here / "collect.py") if p.exists()), None)
+            if collect is None:
+                raise UserError(f"no dataset {name} here; make it with offline/collect.py or name one with --dataset")
+            print(f"{name} does not exist yet, making it with {collect.name}", flush=True)
+            if subprocess.run([sys.executable, collect, "--env-id", env_id]).returncode:
+                raise UserError(f"{collect} could not make {name}, for the reason above")
+        episodes, make_env = read_minari(name, download=dataset is not None)
+    if not episodes:
+        raise UserError(f"{name} is empty")
+    env = make_env()
+    if env.spec is None or env.spec.id.split("-v")[0] != gym_id.split("-v")[0]:
+        raise UserError(f"{name} belongs to {env.spec and env.spec.id}, {env_id} needs {gym_id.split('-v')[0]}")
+    obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    for observations, actions, rewards, _ in episodes:
+        shapes = np.shape(observations)[1:], np.shape(actions)[1:]
+        if shapes != ((obs_dim,), (act_dim,)):
+            expected = (obs_dim,), (act_dim,)
+            raise UserError(f"{name} has observations and actions of shapes {shapes}, {env.spec.id} {expected}")
+        if not all(np.isfinite(x).all() for x in (observations, actions, rewards)):
+            raise UserError(f"{name} holds NaN or infinite numbers; remove those episodes first")
+    blocks = [np.concatenate([o[:-1], a, r[:, None], o[1:], d[:, None]], axis=1) for o, a, r, d in episodes]
+    rows = torch.from_numpy(np.concatenate(blocks, dtype=np.float32))
+    episode = torch.arange(len(blocks)).repeat_interleave(torch.tensor([len(block) for block in blocks]))
+    returns = np.array([rewards.sum() for _, _, rewards, _ in episodes])
+    print(
+        f"dataset {name}: {len(rows)} transitions, {len(blocks)} episodes, mean return {returns.mean():.0f} "
+        f"(score {normalized_score(env_id, returns.mean()):.1f}), environment {env.spec.id}, "
+        f"0 points at a return of {low:.0f}, 100 at {high:.0f}",
+        flush=True,
+    )
+    return Dataset(name, rows, episode, returns, obs_dim, act_dim, make_env)
+
+
+# end shared
+
+
+# shared: squashed_gaussian
+class SquashedGaussianActor(nn.Module):
+    """a = tanh(u), u ~ N(mean(s), std(s)^2): SAC's policy. `noise` is standard normal and given from outside, so that
+    a compiled and an eager update see the same numbers."""
+
+    def __init__(self, obs_mean, obs_std, act_dim, hidden):
+        super().__init__()
+        self.register_buffer("obs_mean", obs_mean.clone())
+        self.register_buffer("obs_std", obs_std.clone())
+        sizes = [len(obs_mean), *hidden]
+        layers = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.ReLU())]
+        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], 2 * act_dim))
+        nn.init.xavier_uniform_(self.net[-1].weight, gain=0.01)
+        nn.init.zeros_(self.net[-1].bias)
+
+    def forward(self, obs):
+        """(B, O) raw observations -> mean (B, A) and log_std (B, A) of u."""
+        mean, log_std = self.net((obs - self.obs_mean) / self.obs_std).chunk(2, dim=-1)
+        return mean, (log_std - 1).clamp(-20, 2)
+
+    def sample(self, obs, noise):
+        """-> action (B, A) in [-1, 1], its log_prob (B,) in nats, and u (B, A)."""
+        mean, log_std = self(obs)
+        u = mean + log_std.exp() * noise
+        return torch.tanh(u), squashed_log_prob(mean, log_std, u), u
+
+    def mode(self, obs):
+        """-> tanh of the mean (B, A), the action that evaluation executes."""
+        return torch.tanh(self(obs)[0])
+
+
+def squashed_log_prob(mean, log_std, u):
+    """log density of a = tanh(u) in nats, (..., A) three times -> (...):
+
+        log N(u; mean, std^2) - sum log(1 - tanh(u)^2),   log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2 u))
+
+    Takes u and not a: atanh(a) is not finite where tanh rounds to 1."""
+    normal = -0.5 * ((u - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
+    return (normal - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)
+
+
+# end shared
+
+
+# shared: tanh_gaussian
+class TanhGaussianActor(nn.Module):
+    """a ~ N(tanh(net(s)), std^2), clipped to the box: IQL's policy. With a std that is set, a deterministic one too."""
+
+    def __init__(self, obs_mean, obs_std, act_dim, hidden, std):
+        super().__init__()
+        self.register_buffer("obs_mean", obs_mean.clone())
+        self.register_buffer("obs_std", obs_std.clone())
+        sizes = [len(obs_mean), *hidden]
+        layers = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.ReLU())]
+        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], act_dim))
+        self.log_std = nn.Parameter(torch.full((act_dim,), math.log(std)))
+
+    def forward(self, obs):
+        """(B, O) raw observations -> mean (B, A) and log_std (A,), the same in every state."""
+        return torch.tanh(self.net((obs - self.obs_mean) / self.obs_std)), self.log_std.clamp(-20, 2)
+
+    def sample(self, obs, noise):
+        """-> action (B, A) clipped to the box, log_prob of the action before clipping (B,), and that action (B, A)."""
+        mean, log_std = self(obs)
+        action = mean + log_std.exp() * noise
+        return action.clamp(-1, 1), gaussian_log_prob(mean, log_std, action), action
+
+    def mode(self, obs):
+        """-> the mean (B, A), the action that evaluation executes."""
+        return self(obs)[0]
+
+
+def gaussian_log_prob(mean, log_std, action):
+    """log N(action; mean, std^2) in nats, summed over the A dimensions: (..., A) three times -> (...)."""
+    return (-0.5 * ((action - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+# end shared
+
+
+# shared: value
+class Value(nn.Module):
+    """V(s), of a network with `activation` between its layers."""
+
+    def __init__(self, obs_mean, obs_std, hidden, activation):
+        super().__init__()
+        self.register_buffer("obs_mean", obs_mean.clone())
+        self.register_buffer("obs_std", obs_std.clone())
+        sizes = [len(obs_mean), *hidden]
+        layers = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), activation())]
+        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
+
+    def forward(self, obs):
+        """(B, O) raw observations -> (B,) return."""
+        return self.net((obs - self.obs_mean) / self.obs_std).squeeze(-1)
+
+
+# end shared
+
+
+# shared: offline_policy
+def load_policy(path, env_id, obs_dim, act_dim, std):
+    """The offline policy in a checkpoint -> its frozen module, and the checkpoint; `std` is for a deterministic one.
+    Raises UserError if the file is missing, broken, of another environment or of other dimensions."""
+    saved = load_file(path, "cpu")
+    try:
+        kind, hidden, state = saved["policy"]["kind"], saved["policy"]["hidden"], saved["actor"]
+        source, inputs = f"{saved['algorithm']}, {saved['step']} updates on {saved['dataset']}", len(state["obs_mean"])
+        origin, version = saved["env_id"], saved["format"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a checkpoint of format 1: {error} is missing") from error
+    if version != 1:
+        raise UserError(f"{path} has format {version}; this script reads format 1")
+    if origin.split("-")[0] != env_id.split("-")[0]:
+        raise UserError(f"{path} was trained on {origin}, not on {env_id}; choose another --checkpoint")
+    if inputs != obs_dim:
+        raise UserError(f"{path} expects {inputs} observations, the data have {obs_dim}")
+    if kind == "squashed_gaussian":
+        policy = SquashedGaussianActor(state["obs_mean"], state["obs_std"], act_dim, hidden)
+    elif kind in ("tanh_gaussian", "deterministic"):
+        policy = TanhGaussianActor(state["obs_mean"], state["obs_std"], act_dim, hidden, std)
+        state = {"log_std": policy.log_std.data, **state}
+    else:
+        raise UserError(f"{path} holds a policy of the unknown kind '{kind}'")
+    try:
+        policy.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"the weights in {path} do not fit a {kind} policy with {act_dim} actions") from error
+    print(f"offline policy {path}: {source}")
+    return policy.requires_grad_(False), saved
+
+
+# end shared
+
+
+# shared: update_tools
+class Scalar(nn.Module):
+    """One learned number, with the state_dict that a network has."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(float(value)))
+
+
+class Adam:
+    """torch.optim.Adam (betas 0.9 and 0.999) as plain tensor operations: torch.optim's own step breaks the compiled
+    update into pieces, which costs a quarter of its speed."""
+
+    def __init__(self, params, lr, eps=1e-8, max_norm=None):
+        self.params, self.lr, self.eps, self.max_norm = list(params), lr, eps, max_norm
+        self.steps = torch.zeros((), device=self.params[0].device)
+        self.mean = [torch.zeros_like(p) for p in self.params]
+        self.square = [torch.zeros_like(p) for p in self.params]
+        for tensor in (self.steps, *self.mean, *self.square):
+            torch._dynamo.mark_static_address(tensor)  # CUDA graphs refuse to change other tensors in place
+
+    def minimize(self, loss, scale=1.0):
+        """One step on a scalar loss, at `scale` times the learning rate. Only this optimiser's parameters get
+        gradients, so the critics' weights stay out of the actor's graph. autograd.grad and not loss.backward(): the
+        latter does nothing inside torch.compile."""
+        grads = torch.autograd.grad(loss, self.params)
+        with torch.no_grad():
+            if self.max_norm is not None:
+                norm = torch.stack(torch._foreach_norm(grads)).norm()
+                grads = torch._foreach_mul(grads, (self.max_norm / (norm + 1e-6)).clamp(max=1.0))
+            self.steps += 1
+            torch._foreach_lerp_(self.mean, grads, 0.1)
+            torch._foreach_mul_(self.square, 0.999)
+            torch._foreach_addcmul_(self.square, grads, grads, 0.001)
+            root = torch._foreach_div(torch._foreach_sqrt(self.square), (1 - 0.999**self.steps).sqrt())
+            step = torch._foreach_div(self.mean, torch._foreach_add(root, self.eps))
+            torch._foreach_sub_(self.params, torch._foreach_mul(step, self.lr * scale / (1 - 0.9**self.steps)))
+
+    def state_dict(self):
+        return {"state": [self.steps, *self.mean, *self.square]}
+
+    def load_state_dict(self, saved):
+        for mine, value in zip(self.state_dict()["state"], saved["state"], strict=True):
+            mine.copy_(value)
+
+
+@torch.no_grad()
+def polyak(target, source, tau):
+    """target <- (1 - tau) * target + tau * source, in place."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+
+
+@cache
+def can_compile():
+    """Is there a C++ compiler? Says so once if not."""
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        print("no C++ compiler found: updates run uncompiled, about a third slower", file=sys.stderr)
+        return False
+    torch._dynamo.config.trace_autograd_ops = True  # lets torch.autograd.grad stay inside the graph
+    return True
+
+
+def compile_update(update, enabled, device):
+    """The whole update as one graph (CUDA graphs on a GPU); with `enabled` False the same function as it stands."""
+    if not (enabled and can_compile()):
+        return update
+    mode = "reduce-overhead" if torch.device(device).type == "cuda" else "default"
+    return torch.compile(update, mode=mode, fullgraph=True)
+
+
+# end shared
+
+
+def discounted_sums(rewards, starts, gamma):
+    """R_t = r_t + gamma R_(t-1), begun anew wherever `starts`; rewards, starts (N,) -> (N,)."""
+    sums, total = [], 0.0
+    for reward, start in zip(rewards.tolist(), starts.tolist(), strict=True):
+        total = reward if start else reward + gamma * total
+        sums.append(total)
+    return torch.tensor(sums)
+
+
+def value_targets(data, rewards, gamma):
+    """What V is fitted to in stage 1: the discounted return of the rest of the episode, plus the value of the state in
+    which a time limit cut it off,
+
+        y_t = sum_(k=t..T) gamma^(k-t) r_k + gamma^(T-t+1) (1 - d_T) V(s_(T+1)),   T the episode's last step
+
+    -> rows (N, 2 O + 2): s_t, the sum, the factor of V, s_(T+1). rewards (N,): the data's, scaled if need be."""
+    obs, _, _, next_obs, terminated = split(data.rows, data.obs_dim, data.act_dim)
+    last = torch.cat([data.episode[1:] != data.episode[:-1], torch.ones(1, dtype=torch.bool)])
+    sums = discounted_sums(rewards.flip(0), last.flip(0), gamma).flip(0)
+    end = last.nonzero().squeeze(1)[data.episode]  # T of each row
+    factor = gamma ** (end - torch.arange(len(end)) + 1) * (1 - terminated[end])
+    return torch.cat([obs, sums[:, None], factor[:, None], next_obs[end]], dim=1)
+
+
+def gae(reward, value, next_value, terminated, done, gamma, lam):
+    """Generalised advantage estimation (Schulman et al. 2016), all (T, n) -> (T, n):
+
+        A_t = delta_t + gamma lam (1 - done_t) A_(t+1),   delta_t = r_t + gamma (1 - terminated_t) V(s_(t+1)) - V(s_t)
+
+    next_value is that of the state which the step reached, also where an episode ended there; done = terminated or
+    truncated. A time limit is bootstrapped like any other state, but no advantage flows through it."""
+    delta = reward + gamma * (1 - terminated) * next_value - value
+    advantage, following = torch.zeros_like(delta), torch.zeros_like(delta[0])
+    for t in reversed(range(len(delta))):
+        advantage[t] = following = delta[t] + gamma * lam * (1 - done[t]) * following
+    return advantage
+
+
+def reference_advantage(log_prob, entropy, act_dim, alpha):
+    """The advantage that the reference policy gives an action, bounded below by about -4 alpha:
+
+        A_ref(s,a) = alpha / A * h( log pi_ref(a|s) + H(pi_ref) ),   h(x) = softplus(x + 4 A) - 4 A
+
+    log_prob (B,) of pi_ref and its entropy, in nats -> (B,), in standard deviations of PPO's advantage. Its mean over
+    pi_ref's own actions is close to 0."""
+    floor = 4 * act_dim
+    return alpha / act_dim * (F.softplus(log_prob + entropy + floor) - floor)
+
+
+def combined_advantage(advantage, reference, weight):
+    """A' = (A + w std(A) A_ref) / (1 + w), then normalised over the batch; all (B,), sample by sample."""
+    mixed = (advantage + weight * advantage.std() * reference) / (1 + weight)
+    return (mixed - mixed.mean()) / (mixed.std() + 1e-8)
+
+
+def reference_weight(args, step):
+    """w after `step` environment steps: from 1 linearly to 0 at alignment_steps; 0 without alignment."""
+    return max(0.0, 1 - step / args.alignment_steps) * args.align
+
+
+def clipped_surrogate(ratio, advantage, clip):
+    """PPO's objective E[ min(ratio A, clip(ratio, 1 - clip, 1 + clip) A) ] with ratio = pi / pi_old; (B,) -> scalar."""
+    return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
+
+
+def gaussian_entropy(log_std):
+    """-E[log N] in nats: sum over the A dimensions of log std + log(2 pi e) / 2; (..., A) -> (...)."""
+    return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+
+
+def make_updates(args, nets, optimizers, obs_dim, act_dim):
+    """-> the updates of the two stages, which change `nets` in place and return detached numbers."""
+    actor, value = nets["actor"], nets["value"]
+
+    def reevaluate(rows, _):
+        """Writes V. rows (B, 2 O + 2) of value_targets."""
+        obs, sums, factor, last_obs = rows.split([obs_dim, 1, 1, obs_dim], dim=-1)
+        with torch.no_grad():
+            target = sums.squeeze(-1) + factor.squeeze(-1) * value(last_obs)
+        v = value(obs)
+        loss = ((v - target) ** 2).mean()
+        optimizers["reevaluation"].minimize(loss)
+        return numbers(value_loss=loss, v_mean=v.mean(), explained=1 - loss / target.var())
+
+    def finetune(rows, scale):
+        """Writes actor and V. rows (B, O + A + 3): observation, action before clipping, its log_prob when it was
+        taken, advantage, return; scale, a tensor: of both learning rates."""
+        obs, action, rest = rows.split([obs_dim, act_dim, 3], dim=-1)
+        old_log_prob, advantage, returns = rest.unbind(-1)
+        mean, log_std = actor(obs)
+        log_ratio = gaussian_log_prob(mean, log_std, action) - old_log_prob
+        ratio = log_ratio.exp()
+        objective = clipped_surrogate(ratio, advantage, args.clip)
+        optimizers["actor"].minimize(-objective - args.entropy_weight * gaussian_entropy(log_std), scale)
+        with torch.no_grad():
+            actor.log_std.clamp_(max=math.log(args.max_std))
+        value_loss = ((value(obs) - returns) ** 2).mean()
+        optimizers["value"].minimize(value_loss, scale)
+        clipped = ((ratio - 1).abs() > args.clip).float().mean()
+        kl = (ratio - 1 - log_ratio).mean()
+        return numbers(objective=objective, value_loss=value_loss, kl=kl, clipped=clipped, std=log_std.exp().mean())
+
+    return reevaluate, finetune
+
+
+# shared: offline_loop
+def numbers(**values):
+    return {key: value.detach() for key, value in values.items()}
+
+
+def train_offline(run, args, stage, steps, update, rows, act_dim, check):
+    """The loop of the stages on offline data: `steps` updates on batches of `rows`. Every eval_every_updates it logs
+    the update's numbers and those of `check(step)`, and saves."""
+    progress, device, seconds, counted = run.progress, rows.device, 0.0, 0
+    blocks = range(progress["step"], steps, 100)  # a block draws its random numbers at once
+    for start in tqdm(blocks, desc=stage, unit="00 updates", disable=None):
+        count, clock = min(100, steps - start), time.time()
+        index = torch.randint(len(rows), (count, args.batch_size), generator=run.generator, device=device)
+        noise = torch.randn(count, 2, args.batch_size, act_dim, generator=run.generator, device=device)
+        for i in range(count):
+            values = update(rows[index[i]], noise[i])
+        step, counted, seconds = start + count, counted + count, seconds + time.time() - clock
+        progress["step"] = step
+        if step // args.eval_every_updates > start // args.eval_every_updates or step == steps:
+            values = run.finite(stage, step, values) | check(step)
+            progress["updates_per_second"][stage] = values["updates_per_second"] = counted / seconds
+            report(run, stage, step, values)
+            run.save()
+            seconds, counted = 0.0, 0
+
+
+def report(run, stage, step, values):
+    """Logs, prints and draws one row of numbers."""
+    run.log(stage, step, values)
+    print(f"{stage} {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()), flush=True)
+    draw_curve(run)
+
+
+# end shared
+
+
+# shared: reference
+def choose_reference(args, run, score, steps, used):
+    """--reference best: the actor becomes pi_ref if its score beats that of every pi_ref so far. Such an evaluation is
+    interaction with the environment, so its `steps` are counted. `used`: False in the ablation without pi_ref."""
+    if args.reference == "best" and used:
+        run.progress["selection_steps"] += steps
+        if score > run.progress["reference_score"]:
+            run.progress["reference_score"] = score
+            run.nets["reference"].load_state_dict(run.nets["actor"].state_dict())
+
+
+# end shared
+
+
+def collect_rollout(args, actor, envs, obs, generator, scaler, device):
+    """`rollout` environment steps with the policy's own noise. scaler: the running std of the discounted return, or
+    None. -> tensors (T, n, ...) of obs, action before clipping, log_prob, reward, next_obs, terminated, done; and the
+    next observation. SAME_STEP autoreset: the reset's observation comes with the step that ended the episode, whose own
+    last observation is in `final_obs`, so that every row is a real transition."""
+    steps, rows = args.rollout // args.num_envs, []
+    noise = torch.randn(steps, args.num_envs, envs.single_action_space.shape[0], generator=generator, device=device)
+    for t in range(steps):
+        with torch.no_grad():
+            obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device)
+            executed, log_prob, action = actor.sample(obs_tensor, noise[t])
+        following, reward, terminated, truncated, info = envs.step(executed.cpu().numpy())
+        done, next_obs = terminated | truncated, following.copy()
+        for i in np.flatnonzero(done):
+            next_obs[i] = info["final_obs"][i]
+        if scaler is not None:
+            reward = scaler(reward, done)
+        seen = (torch.as_tensor(x, dtype=torch.float32, device=device) for x in (reward, next_obs, terminated, done))
+        rows.append((obs_tensor, action, log_prob, *seen))
+        obs = following
+    return [torch.stack(column) for column in zip(*rows, strict=True)], obs
+
+
+class RewardScaler:
+    """Divides rewards by the running std of the discounted return, which starts as that of the data."""
+
+    def __init__(self, gamma, num_envs):
+        self.gamma, self.stats, self.total = gamma, RunningMeanStd(), np.zeros(num_envs)
+
+    def __call__(self, reward, done):
+        self.total = self.gamma * self.total + reward
+        self.stats.update(self.total)
+        self.total[done] = 0
+        return reward / self.std()
+
+    def std(self):
+        return float(np.sqrt(self.stats.var + 1e-8))
+
+    def state_dict(self):
+        stats = [float(x) for x in (self.stats.mean, self.stats.var, self.stats.count)]
+        return {"stats": stats, "total": torch.from_numpy(self.total.copy())}
+
+    def load_state_dict(self, saved):
+        self.stats.mean, self.stats.var, self.stats.count = (np.float64(x) for x in saved["stats"])
+        self.total = saved["total"].numpy().copy()
+
+
+def train_online(run, args, update, data, device, score_of, scaler):
+    """Stage 2: PPO on iterations of `rollout` steps, with the advantage of the reference policy added."""
+    progress, nets, generator = run.progress, run.nets, run.generator
+    actor, value, reference = nets["actor"], nets["value"], nets["reference"]
+    envs = gym.vector.SyncVectorEnv([data.make_env] * args.num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+    obs, _ = envs.reset(seed=args.seed)
+    if run.saved and "online" in run.saved:
+        saved = run.saved["online"]
+        for env, state in zip(envs.envs, saved["envs"], strict=True):
+            set_env_state(env, state)
+        obs = saved["obs"].numpy()
+        if scaler is not None:
+            scaler.load_state_dict(saved["scaler"])
+    iterations, seconds, counted = math.ceil(args.online_steps / args.rollout), 0.0, 0
+    for iteration in tqdm(range(progress["step"] // args.rollout, iterations), desc="online", disable=None):
+        before, step = iteration * args.rollout, (iteration + 1) * args.rollout
+        batch, obs = collect_rollout(args, actor, envs, obs, generator, scaler, device)
+        obs_batch, action, log_prob, reward, next_obs, terminated, done = batch
+        clock = time.time()
+        with torch.no_grad():
+            v, (mean, log_std) = value(obs_batch), reference(obs_batch)
+            advantage = gae(reward, v, value(next_obs), terminated, done, args.gamma, args.gae_lambda)
+            log_prob_ref, entropy = gaussian_log_prob(mean, log_std, action), gaussian_entropy(log_std)
+            auxiliary = reference_advantage(log_prob_ref, entropy, data.act_dim, args.alpha)
+            weight = reference_weight(args, before)
+            mixed = combined_advantage(advantage, auxiliary, weight)
+            parts = (log_prob, mixed, advantage + v)
+            rows = torch.cat([obs_batch, action, *(part.unsqueeze(-1) for part in parts)], dim=-1).flatten(0, 1)
+        scale = torch.tensor(1 - iteration / iterations, device=device)
+        for _ in range(args.epochs):
+            for index in torch.randperm(args.rollout, generator=generator, device=device).view(-1, args.minibatch_size):
+                values = update(rows[index], scale)
+                counted += 1
+        seconds += time.time() - clock
+        progress["step"] = progress["online_steps"] = step
+        if args.reference == "interval" and step // args.reference_every > before // args.reference_every:
+            reference.load_state_dict(actor.state_dict())
+        if step // args.eval_every == before // args.eval_every and iteration + 1 < iterations:
+            continue
+        row = run.finite("online", step, values)
+        row |= {"reference_weight": weight, "explained": float(1 - (advantage.var() / (advantage + v).var()))}
+        scores, eval_steps = score_of(actor, 3, step)
+        progress["scores"].append([step, scores["score"]])
+        choose_reference(args, run, scores["score"], eval_steps, args.align)
+        progress["updates_per_second"]["online"] = row["updates_per_second"] = counted / seconds
+        report(run, "online", step, scores | row)
+        state = {"envs": [env_state(env) for env in envs.envs], "obs": torch.from_numpy(obs.copy())}
+        run.save(online=state | ({"scaler": scaler.state_dict()} if scaler is not None else {}))
+        seconds, counted = 0.0, 0
+
+
+def fit_update(teacher, actor, optimizer):
+    """-> update that imitates an offline policy of another class on the data's states, by maximum likelihood of its
+    actions. Writes the actor."""
+
+    def fit(rows, noise):
+        obs = rows[:, : len(actor.obs_mean)]
+        with torch.no_grad():
+            action = teacher.sample(obs, noise[0])[0]
+        loss = -gaussian_log_prob(*actor(obs), action).mean()
+        optimizer.minimize(loss)
+        return numbers(loss=loss)
+
+    return fit
+
+
+def train(args, run, data, teacher, hidden, device):
+    """The method: fit (only for an offline policy of another class), re-evaluate, fine-tune."""
+    progress, act_dim, same_class = run.progress, data.act_dim, isinstance(teacher, TanhGaussianActor)
+    torch.manual_seed(args.seed)
+    stats = teacher.obs_mean.cpu(), teacher.obs_std.cpu()
+    actor = TanhGaussianActor(*stats, act_dim, hidden if same_class else (256, 256), std=args.fit_std)
+    if same_class:  # of a deterministic policy the mean, with fit_std around it
+        actor.load_state_dict(teacher.state_dict())
+    with torch.no_grad():
+        actor.log_std.clamp_(max=math.log(args.max_std))
+    value = Value(*stats, (256, 256, 256), nn.Tanh)
+    for layer in value.net:
+        if isinstance(layer, nn.Linear):
+            nn.init.orthogonal_(layer.weight)
+    nets = {"actor": actor, "reference": deepcopy(actor), "value": value}  # the reference is pi_ref
+    nets = {name: net.to(device) for name, net in nets.items()}
+    ppo = {"eps": 1e-5, "max_norm": args.max_grad_norm}
+    optimizers = {
+        "fit": Adam(nets["actor"].parameters(), args.fit_lr),
+        "reevaluation": Adam(nets["value"].parameters(), args.reevaluation_lr),
+        "actor": Adam(nets["actor"].parameters(), args.policy_lr, **ppo),
+        "value": Adam(nets["value"].parameters(), args.critic_lr, **ppo),
+    }
+    run.restore(nets, optimizers, torch.Generator(device).manual_seed(args.seed))
+    updates = make_updates(args, nets, optimizers, data.obs_dim, act_dim)
+    reevaluate, finetune = (compile_update(update, args.compile, device) for update in updates)
+    envs = [data.make_env() for _ in range(args.eval_episodes)]
+    reward, scaler = split(data.rows, data.obs_dim, act_dim)[2], None
+    if args.scale_rewards:
+        scaler = RewardScaler(args.gamma, args.num_envs)
+        first = torch.cat([torch.ones(1, dtype=torch.bool), data.episode[1:] != data.episode[:-1]])
+        scaler.stats.update(discounted_sums(reward, first, args.gamma).double().numpy())
+        reward = reward / scaler.std()
+
+    def score_of(policy, stage, step):
+        """Score of a policy and the environment steps that it took; its discounted return goes to `progress` when the
+        policy is the offline one."""
+        seed = 10_000_000 * args.seed + 1_000_000 * stage + step * args.eval_episodes
+        mean_return, discounted, steps = evaluate(mode_of(policy), envs, seed, device, args.gamma)
+        if stage == 0:
+            progress["discounted_return"] = float(discounted)
+        return {"score": float(normalized_score(args.env_id, mean_return))}, steps
+
+    def fit_score(step):
+        return score_of(nets["actor"], 1, step)
+
+    def start_values(_):
+        """V in start states beside what the offline policy obtains from them: V is that of the data's policy, so it
+        should stand still somewhat lower."""
+        obs = np.stack([env.reset(seed=i)[0] for i, env in enumerate(envs * 10)])
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
+        with torch.no_grad():
+            v = nets["value"](obs).mean()
+        obtained = progress["discounted_return"] / (scaler.std() if scaler is not None else 1)
+        return {"v_start": float(v), "discounted_return": obtained}
+
+    def film(policy, name):
+        if args.capture_video:
+            record_video(policy.mode, data.make_env, run.dir / "videos" / f"{name}.mp4", args.seed, device)
+
+    def enter(stage):
+        """The border between two stages is a point to resume from."""
+        progress["stage"], progress["step"] = stage, 0
+        run.save()
+
+    if progress["stage"] == "start":
+        scores, steps = score_of(teacher, 0, 0)
+        progress["offline_score"], progress["reference_score"] = scores["score"], -math.inf
+        if same_class:
+            choose_reference(args, run, scores["score"], steps, args.align)
+        print(f"offline policy: score {scores['score']:.1f}", flush=True)
+        film(teacher, "offline")
+        enter("fit")
+    if progress["stage"] == "fit":
+        if not same_class:
+            fit = compile_update(fit_update(teacher, nets["actor"], optimizers["fit"]), args.compile, device)
+            rows = data.rows.to(device)
+            train_offline(run, args, "fit", args.fit_steps, fit, rows, act_dim, lambda step: fit_score(step)[0])
+            scores, steps = fit_score(args.fit_steps)
+            progress["fitted_score"] = scores["score"]
+            nets["reference"].load_state_dict(nets["actor"].state_dict())
+            choose_reference(args, run, scores["score"], steps, args.align)
+        enter("reevaluate")
+    if progress["stage"] == "reevaluate":
+        if args.reevaluate:
+            rows = value_targets(data, reward, args.gamma).to(device)
+            train_offline(run, args, "reevaluate", args.reevaluation_steps, reevaluate, rows, act_dim, start_values)
+        enter("online")
+    train_online(run, args, finetune, data, device, score_of, scaler)
+    film(nets["actor"], "final")
+    save_file(export(args, data, nets, progress), run.dir / "model.pt")
+
+
+# shared: evaluate
+@torch.no_grad()
+def evaluate(policy, envs, seed, device, gamma=1.0, alpha=0.0):
+    """One episode in each of `envs`, all at once; `policy` maps obs (n, O) and noise (n, A) to actions (n, A) and their
+    log_prob (n,). Start states and noise come from `seed` alone: no random number of training is drawn. -> mean return,
+    mean of sum gamma^t (r - alpha log_prob), and the environment steps of all episodes together."""
+    generator = torch.Generator().manual_seed(seed)
+    obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
+    returns, discounted, alive, steps, discount = np.zeros(len(envs)), np.zeros(len(envs)), np.arange(len(envs)), 0, 1.0
+    while len(alive):
+        noise = torch.randn(len(envs), envs[0].action_space.shape[0], generator=generator)[alive].to(device)
+        actions, log_prob = policy(torch.as_tensor(obs[alive], dtype=torch.float32, device=device), noise)
+        actions, bonus = actions.cpu().numpy(), -alpha * log_prob.cpu().numpy()
+        running = np.ones(len(alive), dtype=bool)
+        for k, i in enumerate(alive):
+            obs[i], reward, terminated, truncated, _ = envs[i].step(actions[k])
+            returns[i] += reward
+            discounted[i] += discount * (reward + bonus[k])
+            running[k] = not (terminated or truncated)
+        steps, alive, discount = steps + len(alive), alive[running], discount * gamma
+    return returns.mean(), discounted.mean(), steps
+
+
+def mode_of(policy):
+    """The policy that executes the most likely action, for evaluate."""
+    return lambda obs, noise: (policy.mode(obs), torch.zeros(len(obs)))
+
+
+# end shared
+
+
+# shared: env_state
+def env_state(env):
+    """Everything that the next env.step depends on: MuJoCo's state, the time limit's counter, the random state."""
+    base, kind = env.unwrapped, mujoco.mjtState.mjSTATE_INTEGRATION
+    physics = np.zeros(mujoco.mj_stateSize(base.model, kind))
+    mujoco.mj_getState(base.model, base.data, physics, kind)
+    elapsed = env.get_wrapper_attr("_elapsed_steps")
+    return {"physics": torch.from_numpy(physics), "elapsed": elapsed, "rng": base.np_random.bit_generator.state}
+
+
+def set_env_state(env, saved):
+    """The inverse of env_state, on an environment that has been reset once."""
+    base = env.unwrapped
+    mujoco.mj_setState(base.model, base.data, saved["physics"].numpy(), mujoco.mjtState.mjSTATE_INTEGRATION)
+    env.set_wrapper_attr("_elapsed_steps", saved["elapsed"])
+    base.np_random.bit_generator.state = saved["rng"]
+
+
+# end shared
+
+
+# shared: files
+def save_file(payload, path):
+    """torch.save that never leaves half a file: written beside `path`, then renamed. Raises UserError if it fails."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(payload, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({error}); the previous file, if any, is unchanged") from error
+
+
+def write_json(payload, path):
+    """Never leaves half a file either."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(payload, indent=1))
+    os.replace(temporary, path)
+
+
+def load_file(path, device):
+    """torch.load of tensors, numbers and strings only. Raises UserError if the file is missing or broken."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is incomplete or no checkpoint of ours ({type(error).__name__})") from error
+
+
+def versions():
+    """Of the packages that decide what a run computes."""
+    return {m.__name__: str(m.__version__) for m in (torch, np, gym, mujoco, minari)}
+
+
+# end shared
+
+
+# shared: run_folder
+class Run:
+    """The run folder and everything that makes a run resumable. `progress` holds plain numbers, strings and lists."""
+
+    def __init__(self, args, algorithm, progress):
+        default = f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.dir, saved = Path(args.resume or args.run_dir or default), None
+        if args.resume and (self.dir / "resume.pt").exists():
+            saved = load_file(self.dir / "resume.pt", "cpu")
+        elif not args.resume and (self.dir / "args.json").exists():
+            raise UserError(f"{self.dir} holds a run already; continue it with --resume or name another --run-dir")
+        self.dir.mkdir(parents=True, exist_ok=True)
+        write_json({"algorithm": algorithm, **asdict(args)}, self.dir / "args.json")
+        self.metrics = open(self.dir / "metrics.jsonl", "a")
+        self.metrics.truncate(saved["metrics_bytes"] if saved else 0)  # rows after resume.pt will be written again
+        self.progress, self.saved = saved["progress"] if saved else progress, saved
+        self.started = time.time() - (saved["seconds"] if saved else 0)
+        self.nets, self.optimizers, self.generator = {}, {}, None
+        self.board, self.wandb = SummaryWriter(self.dir / "tensorboard"), None
+        if args.track:
+            import wandb
+
+            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": self.dir.name}
+            self.wandb = wandb.init(**names, config=asdict(args))
+
+    def restore(self, nets, optimizers, generator):
+        """Names what resume.pt holds, and loads it when this run continues one."""
+        self.nets, self.optimizers, self.generator = nets, optimizers, generator
+        if self.saved:
+            for kind, parts in (("nets", nets), ("optimizers", optimizers)):
+                for key, part in parts.items():
+                    part.load_state_dict(self.saved[kind][key])
+            generator.set_state(self.saved["generator"])
+
+    def save(self, **extra):
+        """Writes resume.pt. `extra`: what the current stage needs beyond networks, optimisers and progress."""
+        parts = {"nets": self.nets, "optimizers": self.optimizers}
+        state = {kind: {key: part.state_dict() for key, part in parts[kind].items()} for kind in parts}
+        state |= {"generator": self.generator.get_state(), "progress": self.progress, **extra}
+        position = {"metrics_bytes": self.metrics.tell(), "seconds": time.time() - self.started}
+        save_file({**state, **position}, self.dir / "resume.pt")
+
+    def finite(self, stage, step, values):
+        """-> `values` as plain numbers. Raises UserError if one is not finite; resume.pt keeps the last good state."""
+        values = {key: float(value) for key, value in values.items()}
+        for key, value in values.items():
+            if not math.isfinite(value):
+                message = f"{stage}/{key} is not finite at step {step}; {self.dir}/resume.pt keeps the last good state"
+                raise UserError(f"{message}, lower the learning rates or check the data")
+        return values
+
+    def log(self, stage, step, values):
+        """One row of metrics.jsonl."""
+        values = {f"{stage}/{key}": value for key, value in self.finite(stage, step, values).items()}
+        for key, value in values.items():
+            self.board.add_scalar(key, value, step)
+        self.metrics.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
+        self.metrics.flush()
+        if self.wandb:
+            self.wandb.log({**values, f"{stage}/step": step})
+
+
+def stored_args(folder, algorithm):
+    """The arguments of the run in `folder`. Raises UserError if there is none or if it is another algorithm's."""
+    path = Path(folder) / "args.json"
+    if not path.exists():
+        raise UserError(f"nothing to resume: {path} does not exist")
+    try:
+        stored = json.loads(path.read_text())
+        if stored.pop("algorithm") != algorithm:
+            raise UserError(f"{folder} is not a run of {algorithm}; resume it with the script that started it")
+        return Args(**{**stored, "resume": str(folder)})
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged or of another version of this script ({error})") from error
+
+
+def run_cli(main, algorithm):
+    """Runs main(args) on the command line; a UserError becomes one sentence on stderr and exit code 2. With --resume
+    the stored arguments are the defaults, and the command line still wins."""
+    try:
+        args = tyro.cli(Args)
+        main(tyro.cli(Args, default=stored_args(args.resume, algorithm)) if args.resume else args)
+    except (UserError, OSError) as error:  # OSError: no space left, no permission
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def pick_device(cuda):
+    if cuda and not torch.cuda.is_available():
+        raise UserError("--cuda was asked for but torch sees no CUDA device; leave it out to run on the CPU")
+    return torch.device("cuda" if cuda else "cpu")
+
+
+# end shared
+
+
+# shared: summary
+def write_summary(run, args, data_name, algorithm, status):
+    """summary.json from run.progress; -> the summary. Scores are D4RL's points, `scores` [environment step, score]."""
+    progress, scores = run.progress, [score for _, score in run.progress["scores"]]
+    early = [score for step, score in progress["scores"] if step <= args.online_steps / 10] or scores[:1]
+    summary = {
+        "env_id": args.env_id,
+        "dataset": data_name,
+        "algorithm": algorithm,
+        "seed": args.seed,
+        **{key: progress[key] for key in ("offline_score", "fitted_score", "aligned_score", "scores")},
+        "final_score": float(np.mean(scores[-5:])) if scores else None,
+        "best_score": max(scores, default=None),
+        "initial_drop": progress["offline_score"] - min(early) if early else None,
+        "auc": float(np.mean(scores)) if scores else None,
+        **{key: progress[key] for key in ("online_steps", "selection_steps", "updates_per_second")},
+        "wall_seconds": time.time() - run.started,
+        "versions": versions(),
+        "status": status,
+    }
+    write_json(summary, run.dir / "summary.json")
+    return summary
+
+
+def draw_curve(run):
+    """curve.png, all stages side by side: values against updates (stage 1), scores against updates (stage 2) and
+    against environment steps (stage 3)."""
+    rows = [json.loads(line) for line in (run.dir / "metrics.jsonl").read_text().splitlines()]
+    panels = [stage for stage in ("reevaluate", "align", "online") if any(row["stage"] == stage for row in rows)]
+    if not panels:
+        return
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.5), squeeze=False, layout="constrained")
+    for axis, stage in zip(axes[0], panels, strict=True):
+        points = [row for row in rows if row["stage"] == stage]
+        values = ("q_mean", "v_start", "soft_return", "discounted_return")
+        for key in values if stage == "reevaluate" else ("score", "score_sampled"):
+            if f"{stage}/{key}" in points[0]:
+                axis.plot([row["step"] for row in points], [row[f"{stage}/{key}"] for row in points], ".-", label=key)
+        if stage != "reevaluate":
+            axis.axhline(run.progress["offline_score"], color="black", linestyle="--", label="offline policy")
+        axis.set(title=stage, xlabel="environment steps" if stage == "online" else "updates")
+        axis.set_ylabel("return, discounted" if stage == "reevaluate" else "normalised score")
+        axis.locator_params(axis="x", nbins=5)
+        axis.legend(fontsize=8)
+    figure.savefig(run.dir / "curve.png", dpi=100)
+    plt.close(figure)
+
+
+@torch.no_grad()
+def record_video(policy, make_env, path, seed, device):
+    """One episode as an mp4 file. Raises UserError if this machine cannot render."""
+    frames = []
+    try:
+        env = make_env(render_mode="rgb_array")
+        obs, done = env.reset(seed=seed)[0], False
+        while not done:
+            frames.append(env.render())
+            obs_batch = torch.as_tensor(obs[None], dtype=torch.float32, device=device)
+            obs, _, terminated, truncated, _ = env.step(policy(obs_batch).cpu().numpy()[0])
+            done = terminated or truncated
+    except (ImportError, AttributeError, gym.error.Error, mujoco.FatalError) as error:
+        hint = "set MUJOCO_GL=egl or osmesa, or leave --capture-video out"
+        raise UserError(f"cannot render ({error}); {hint}") from error
+    path.parent.mkdir(exist_ok=True)
+    imageio.mimsave(path, frames, fps=env.metadata["render_fps"])
+
+
+# end shared
+
+
+def export(args, data, nets, progress):
+    """The checkpoint of the fine-tuned policy, in the format of the offline ones."""
+    sizes = [layer.out_features for layer in nets["actor"].net if isinstance(layer, nn.Linear)]
+    return {
+        "format": 1,
+        "algorithm": "o2o_ppo",
+        "env_id": args.env_id,
+        "dataset": data.name,
+        "policy": {"kind": "tanh_gaussian", "hidden": sizes[:-1]},
+        "actor": {key: value.cpu() for key, value in nets["actor"].state_dict().items()},
+        "value": {key: value.cpu() for key, value in nets["value"].state_dict().items()},
+        "step": progress["online_steps"],
+        "score": progress["scores"][-1][1] if progress["scores"] else progress["offline_score"],
+        "args": asdict(args),
+        "versions": versions(),
+    }
+
+
+def main(args: Args):
+    fill_defaults(args)
+    torch.set_num_threads(args.num_threads)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    device = pick_device(args.cuda)
+    if not Path(args.checkpoint).exists():
+        hint = f"train one with: python offline/iql.py --env-id {args.env_id}, or name one with --checkpoint"
+        raise UserError(f"no offline policy at {args.checkpoint}; {hint}")
+    data = load_dataset(args.env_id, args.dataset)
+    teacher, saved = load_policy(args.checkpoint, args.env_id, data.obs_dim, data.act_dim, std=args.fit_std)
+    progress = {"stage": "start", "step": 0, "online_steps": 0, "selection_steps": 0, "updates_per_second": {}}
+    progress |= {"offline_score": None, "fitted_score": None, "aligned_score": None, "scores": []}
+    run, status = Run(args, "o2o_ppo", progress), "failed"
+    try:
+        train(args, run, data, teacher.to(device), saved["policy"]["hidden"], device)
+        status = "complete"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    finally:
+        summary = write_summary(run, args, data.name, "o2o_ppo", status)
+        for key, value in summary.items():
+            if isinstance(value, float):
+                print(f"{key:15} {value:7.1f}")
+        print(f"{status} after {summary['wall_seconds']:.0f} s; everything is in {run.dir}")
+    return summary
+
+
+if __name__ == "__main__":
+    run_cli(main, "o2o_ppo")
