@@ -3,8 +3,9 @@
     python results/speed.py 1 2  # with 1 and with 2 threads; writes results/speed.md
 
 Plain is how most code bases write it: separate critics, torch.optim, loss.backward(), eager, float32. All numbers come
-from one run on random data of Hopper's sizes (11 observations, 3 actions, batch 256), so only their ratios say
-something about another machine. Each row starts a process of its own: threads and precision are global settings.
+from one run on random data of Hopper's sizes (11 observations, 3 actions; batch 256, for O2PPO 512 in stage 1 and 128
+in stage 2), so only their ratios say something about another machine. Each row starts a process of its own: threads and
+precision are global settings.
 """
 
 import importlib
@@ -28,13 +29,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "offline")]
 OBS, ACT, BATCH = 11, 3, 256
 UPDATES = ("sac", "cql", "o2o_sac reevaluate", "o2o_sac align", "o2o_sac finetune")
 UPDATES += ("td3_bc", "o2o_td3 reevaluate", "o2o_td3 align", "o2o_td3 finetune")
+UPDATES += ("iql", "o2o_ppo reevaluate", "o2o_ppo iteration")  # an iteration: 10 epochs over 2,048 samples
 SECONDS = 4.0
 
 
-def mlp(inputs, outputs, layers, layer_norm=False):
+def mlp(inputs, outputs, layers, layer_norm=False, activation=nn.ReLU):
     sizes = [inputs] + [256] * layers
     norm = [nn.LayerNorm(256)] if layer_norm else []
-    blocks = [m for i, o in itertools.pairwise(sizes) for m in (nn.Linear(i, o), *deepcopy(norm), nn.ReLU())]
+    blocks = [m for i, o in itertools.pairwise(sizes) for m in (nn.Linear(i, o), *deepcopy(norm), activation())]
     return nn.Sequential(*blocks, nn.Linear(256, outputs))
 
 
@@ -244,9 +246,79 @@ def plain_td3(name):
     return update
 
 
+class PlainGaussian:
+    """A Gaussian policy with a value function: what IQL and PPO share."""
+
+    def __init__(self, layers, activation, rates, eps=1e-8):
+        self.mean, self.log_std = nn.Sequential(mlp(OBS, ACT, 2), nn.Tanh()), nn.Parameter(torch.zeros(ACT))
+        self.value = mlp(OBS, 1, layers, activation=activation)
+        self.actor_optimizer = torch.optim.Adam([*self.mean.parameters(), self.log_std], rates[0], eps=eps)
+        self.value_optimizer = torch.optim.Adam(self.value.parameters(), rates[1], eps=eps)
+
+    def normal(self, obs):
+        return torch.distributions.Normal(self.mean(obs), self.log_std.clamp(-20, 2).exp())
+
+    def step(self, optimizer, loss, max_norm=None):
+        optimizer.zero_grad()
+        loss.backward()
+        if max_norm is not None:
+            torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_norm)
+        optimizer.step()
+
+
+def plain_iql():
+    p, critics = PlainGaussian(2, nn.ReLU, (3e-4, 3e-4)), Plain(2)
+
+    def update(rows, _):
+        obs, action, reward, next_obs, terminated = parts(rows)
+        with torch.no_grad():
+            q_old, next_value = torch.min(*critics.q(critics.targets, obs, action)), p.value(next_obs).squeeze(-1)
+            target = reward + 0.99 * (1 - terminated) * next_value
+        advantage = q_old - p.value(obs).squeeze(-1)
+        p.step(p.value_optimizer, ((0.7 - (advantage < 0).float()).abs() * advantage**2).mean())
+        critics.step_critics([F.mse_loss(q, target) for q in critics.q(critics.critics, obs, action)])
+        critics.polyak()
+        weight = (3 * advantage.detach()).exp().clamp(max=100)
+        p.step(p.actor_optimizer, -(weight * p.normal(obs).log_prob(action).sum(-1)).mean())
+
+    return update
+
+
+def ppo_rows():
+    """2,048 samples of an iteration, and 512 rows of the fit of V."""
+    return torch.randn(2048, OBS + ACT + 3), torch.randn(512, 2 * OBS + 2)
+
+
+def plain_ppo(name):
+    p, (rows, fit_rows) = PlainGaussian(3, nn.Tanh, (3e-5, 2e-4), eps=1e-5), ppo_rows()
+
+    def reevaluate(*_):
+        obs, sums, factor, last_obs = fit_rows.split([OBS, 1, 1, OBS], -1)
+        with torch.no_grad():
+            target = sums + factor * p.value(last_obs)
+        p.step(p.value_optimizer, F.mse_loss(p.value(obs), target))
+
+    def iteration(*_):
+        for _ in range(10):
+            for index in torch.randperm(2048).split(128):
+                obs, action, rest = rows[index].split([OBS, ACT, 3], -1)
+                old_log_prob, advantage, returns = rest.unbind(-1)
+                normal = p.normal(obs)
+                ratio = (normal.log_prob(action).sum(-1) - old_log_prob).exp()
+                surrogate = torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+                p.step(p.actor_optimizer, -(surrogate + 0.01 * normal.entropy().sum(-1)).mean(), max_norm=0.5)
+                p.step(p.value_optimizer, F.mse_loss(p.value(obs).squeeze(-1), returns), max_norm=0.5)
+
+    return reevaluate if name == "o2o_ppo reevaluate" else iteration
+
+
 def plain_update(name):
     if "td3" in name:
         return plain_td3(name)
+    if "ppo" in name:
+        return plain_ppo(name)
+    if name == "iql":
+        return plain_iql()
     makers = {"sac": plain_sac, "cql": plain_cql, "o2o_sac reevaluate": plain_reevaluate, "o2o_sac align": plain_align}
     return makers.get(name, lambda: plain_sac(3, layer_norm=True, constrained=True))()
 
@@ -270,11 +342,44 @@ def our_td3(script, name, compiled, bf16):
     return (lambda *batch: update(*batch, limit, next(count) % 2 == 0)) if name == "o2o_td3 finetune" else update
 
 
+def our_iql(script, compiled, bf16):
+    stats = torch.zeros(OBS), torch.ones(OBS)
+    critics = script.Critics(*stats, ACT, [256] * 2, bf16=bf16)
+    nets = {"actor": script.TanhGaussianActor(*stats, ACT, [256] * 2, std=1.0), "critics": critics}
+    nets |= {"targets": deepcopy(critics), "value": script.Value(*stats, [256] * 2, nn.ReLU)}
+    update, scale = script.make_update(script.Args(), nets, OBS, ACT)[1], torch.tensor(0.5)
+    update = script.compile_update(update, compiled, "cpu")
+    return lambda rows, _: update(rows, scale)
+
+
+def our_ppo(script, name, compiled):
+    stats, (rows, fit_rows), scale = (torch.zeros(OBS), torch.ones(OBS)), ppo_rows(), torch.tensor(0.5)
+    nets = {"actor": script.TanhGaussianActor(*stats, ACT, [256] * 2, std=1.0)}
+    nets["value"] = script.Value(*stats, [256] * 3, nn.Tanh)
+    args = script.Args()
+    script.fill_defaults(args)
+    optimizers = {key: script.Adam(nets[key].parameters(), 1e-4, eps=1e-5, max_norm=0.5) for key in nets}
+    optimizers["reevaluation"] = script.Adam(nets["value"].parameters(), 1e-4)
+    updates = script.make_updates(args, nets, optimizers, OBS, ACT)
+    reevaluate, finetune = (script.compile_update(update, compiled, "cpu") for update in updates)
+
+    def iteration(*_):
+        for _ in range(10):
+            for index in torch.randperm(2048).view(-1, 128):
+                finetune(rows[index], scale)
+
+    return (lambda *_: reevaluate(fit_rows, None)) if name == "o2o_ppo reevaluate" else iteration
+
+
 def our_update(name, compiled, precision):
     script = importlib.import_module({"sac": "collect"}.get(name, name.split()[0]))
     stats, bf16 = (torch.zeros(OBS), torch.ones(OBS)), precision == "medium"
     if "td3" in name:
         return our_td3(script, name, compiled, bf16)
+    if name == "iql":
+        return our_iql(script, compiled, bf16)
+    if "ppo" in name:
+        return our_ppo(script, name, compiled)
     if name == "sac":
         _, _, update = script.make_sac(OBS, ACT, "cpu", bf16)
         return script.compile_update(update, compiled, "cpu")
@@ -326,8 +431,9 @@ def main(threads):
     lines = [
         "# Updates per second",
         "",
-        "Made by `python results/speed.py` in one run; batch 256, Hopper's sizes, random data. *Plain*: separate",
-        "critics, torch.optim, `loss.backward()`, eager, float32. *Factor*: compiled with bf16 matmul against plain.",
+        "Made by `python results/speed.py 1 2` in one run; Hopper's sizes, random data, batch 256 (O2PPO: 512 in",
+        "stage 1, 128 in stage 2; an iteration is 10 epochs over 2,048 samples). *Plain*: separate critics, torch.optim,",
+        "`loss.backward()`, eager, float32. *Factor*: compiled with bf16 matmul against plain.",
         "",
         f"{platform.processor() or platform.machine()}, {platform.system()}, torch {torch.__version__}.",
         "",
@@ -336,7 +442,9 @@ def main(threads):
     ]
     for name, n in itertools.product(UPDATES, threads):
         rates = [table[name, n, *version] for version in versions]
-        cells = " | ".join(f"{rate:.0f}" if rate > 30 else f"{rate:.1f}" for rate in rates)
+        cells = " | ".join(
+            f"{rate:.0f}" if rate > 30 else f"{rate:.1f}" if rate > 3 else f"{rate:.2f}" for rate in rates
+        )
         lines.append(f"| {name} | {n} | {cells} | {rates[3] / rates[0]:.1f} |")
     (ROOT / "results/speed.md").write_text("\n".join(lines) + "\n")
 
