@@ -22,6 +22,7 @@ TITLES = {
     "no-reevaluate": "no re-evaluation",
     "no-align": "no alignment",
     "no-constrain": "no constraint",
+    "naive": "neither",
     "full-8000": "full method, 8,000 steps",
 }
 
@@ -58,8 +59,10 @@ def table(runs):
 
 def figure(runs, path):
     """Score during alignment and online, the mean over seeds with their range."""
-    drawing, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", sharey=True)
-    for axis, stage in zip(axes, ("align", "online"), strict=True):
+    seen = {row["stage"] for group in runs.values() for _, rows in group for row in rows}
+    stages = [stage for stage in ("align", "online") if stage in seen]
+    drawing, axes = plt.subplots(1, len(stages), figsize=(5 * len(stages), 3.8), layout="constrained", squeeze=False)
+    for axis, stage in zip(axes[0], stages, strict=True):
         for i, (variant, group) in enumerate(runs.items()):
             curves = [[(r["step"], r[f"{stage}/score"]) for r in rows if r["stage"] == stage] for _, rows in group]
             longer = variant == "full" and "full-8000" in runs  # the same runs, continued
@@ -71,8 +74,9 @@ def figure(runs, path):
         axis.axhline(offline, color="black", linestyle="--", label="offline policy")
         axis.set_title({"align": "alignment", "online": "online fine-tuning"}[stage])
         axis.set_xlabel({"align": "updates", "online": "environment steps"}[stage])
-    axes[0].set_ylabel("normalised score")
-    axes[1].legend(fontsize=8)
+        axis.sharey(axes[0, 0])
+    axes[0, 0].set_ylabel("normalised score")
+    axes[0, -1].legend(fontsize=8)
     drawing.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(drawing)
 
