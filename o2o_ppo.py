@@ -13,8 +13,8 @@ trained it:
     python o2o_ppo.py --no-align --no-reevaluate  # PPO started naively from the same policy
     python o2o_ppo.py --reevaluation-steps 1000000 --online-steps 250000  # the paper's budget
 
-There is no separate stage of alignment and no multiplier: E[ratio A_ref] grows exactly as the cross-entropy from pi to
-pi_ref falls, so the auxiliary advantage is alignment and constraint in one.
+There is no separate stage of alignment and no multiplier: E[ratio A_ref] grows as the cross-entropy from pi to pi_ref
+falls, so the auxiliary advantage is alignment and constraint in one.
 
 Differs from the released code: there A_ref (N,) and A (N, 1) are added to (N, N), where A_ref cancels and plain PPO is
 left (that is --no-align here); returns and next states do not cross the ends of episodes; a time limit is bootstrapped;
@@ -76,8 +76,9 @@ class Args:
     run_dir: str | None = None  # folder of this run; None: runs/<env_id>__<exp_name>__<seed>__<time>
     resume: str | None = None  # folder of a run that was cut off, to be continued
 
-    reevaluation_steps: int = 100_000  # updates of stage 1 (paper: 1,000,000)
-    online_steps: int = 250_000  # environment steps of stage 2, rounded up to whole iterations (paper: 250,000)
+    reevaluation_steps: int = 50_000  # updates of stage 1 (paper: 1,000,000)
+    online_steps: int = 250_000  # environment steps of stage 2, rounded up to whole iterations (paper: 250,000);
+    # the learning rates fall over them, so a run that is resumed for longer is not the longer run
     reevaluate: bool = True  # stage 1; off: ablation, V starts untrained
     align: bool = True  # the reference policy's advantage; off: plain PPO
     fit_steps: int = 20_000  # updates that fit our actor to an offline policy of another class
@@ -100,7 +101,7 @@ class Args:
     reevaluation_lr: float = 1e-4  # V in stage 1
     fit_lr: float = 3e-4  # the fit to a policy of another class
     max_grad_norm: float = 0.5  # longer gradients are shortened to it
-    max_std: float | None = None  # largest std of the policy; None: 0.05 on hopper's expert and medium-expert data
+    max_std: float | None = None  # largest std of the policy; None: e^2, hopper's (medium-)expert data 0.05
     scale_rewards: bool | None = None  # divide by the running std of the discounted return; None: on HalfCheetah
     alpha: float = 2.0  # size of the reference policy's advantage
     alignment_steps: int | None = None  # environment steps in which its weight falls to 0; None: 250k, expert data 500k
@@ -153,11 +154,13 @@ def fill_defaults(args):
     if args.epochs is None:
         args.epochs = 5 if expert and name == "hopper" else 10
     if args.max_std is None:
-        args.max_std = 0.05 if expert and name == "hopper" else math.inf
+        args.max_std = 0.05 if expert and name == "hopper" else math.exp(2)
     if args.scale_rewards is None:
         args.scale_rewards = name == "halfcheetah"
     if args.checkpoint is None:
         args.checkpoint = str(Path(__file__).resolve().parent / "offline/checkpoints" / args.env_id / "iql.pt")
+    if args.alignment_steps <= 0 or args.max_std <= 0:
+        raise UserError("--alignment-steps and --max-std have to be above 0; --no-align leaves the reference out")
     for name in ("num_envs", "minibatch_size"):
         if args.rollout % getattr(args, name):
             raise UserError(f"--rollout {args.rollout} is not a multiple of --{name.replace('_', '-')}; change either")
@@ -523,7 +526,8 @@ def reference_advantage(log_prob, entropy, act_dim, alpha):
 
 
 def combined_advantage(advantage, reference, weight):
-    """A' = (A + w std(A) A_ref) / (1 + w), then normalised over the batch; all (B,), sample by sample."""
+    """A' = (A + w std(A) A_ref) / (1 + w), then normalised over the batch; all of one shape,
+    sample by sample."""
     mixed = (advantage + weight * advantage.std() * reference) / (1 + weight)
     return (mixed - mixed.mean()) / (mixed.std() + 1e-8)
 
@@ -652,7 +656,8 @@ def collect_rollout(args, actor, envs, obs, generator, scaler, device):
 
 
 class RewardScaler:
-    """Divides rewards by the running std of the discounted return, which starts as that of the data."""
+    """Divides rewards by the running std of the discounted return. It starts as that of the data, in whose units V was
+    fitted; they count as so many samples that it hardly moves afterwards."""
 
     def __init__(self, gamma, num_envs):
         self.gamma, self.stats, self.total = gamma, RunningMeanStd(), np.zeros(num_envs)
@@ -708,6 +713,8 @@ def train_online(run, args, update, data, device, score_of, scaler):
             for index in torch.randperm(args.rollout, generator=generator, device=device).view(-1, args.minibatch_size):
                 values = update(rows[index], scale)
                 counted += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # the clock should not stop before the work is done; once an iteration is cheap
         seconds += time.time() - clock
         progress["step"] = progress["online_steps"] = step
         if args.reference == "interval" and step // args.reference_every > before // args.reference_every:
@@ -819,6 +826,8 @@ def train(args, run, data, teacher, hidden, device):
             fit = compile_update(fit_update(teacher, nets["actor"], optimizers["fit"]), args.compile, device)
             rows = data.rows.to(device)
             train_offline(run, args, "fit", args.fit_steps, fit, rows, act_dim, lambda step: fit_score(step)[0])
+            with torch.no_grad():
+                nets["actor"].log_std.clamp_(max=math.log(args.max_std))
             scores, steps = fit_score(args.fit_steps)
             progress["fitted_score"] = scores["score"]
             nets["reference"].load_state_dict(nets["actor"].state_dict())
@@ -1122,7 +1131,10 @@ def main(args: Args):
     teacher, saved = load_policy(args.checkpoint, args.env_id, data.obs_dim, data.act_dim, std=args.fit_std)
     progress = {"stage": "start", "step": 0, "online_steps": 0, "selection_steps": 0, "updates_per_second": {}}
     progress |= {"offline_score": None, "fitted_score": None, "aligned_score": None, "scores": []}
+    progress["layout"] = [args.num_envs, args.rollout, args.scale_rewards]
     run, status = Run(args, "o2o_ppo", progress), "failed"
+    if run.progress["layout"] != progress["layout"]:
+        raise UserError("a resumed run has to keep its --num-envs, --rollout and --scale-rewards")
     try:
         train(args, run, data, teacher.to(device), saved["policy"]["hidden"], device)
         status = "complete"

@@ -412,8 +412,8 @@ def policy_loss(log_prob, advantage, temperature, max_weight):
 
 
 def reward_scale(returns):
-    """What rewards are multiplied by: 1000 / (best - worst episode return), which puts the values between 0 and 1000
-    so that one temperature serves every task. Raises UserError if all episodes have one return."""
+    """What rewards are multiplied by: 1000 / (best - worst episode return), which makes the returns span 1000, so
+    that one temperature serves every task. Raises UserError if all episodes have one return."""
     spread = returns.max() - returns.min()
     if spread <= 0:
         raise UserError("every episode of the dataset has the same return: there is nothing for IQL to prefer")
@@ -680,11 +680,11 @@ def main(args: Args):
         run.log("offline", step, values)
         print(f"iql {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()), flush=True)
         run.progress |= {"step": step, "score": values["score"]}
-        run.save()
         save_file(export(args, nets, scale, data, step, values["score"]), run.dir / "model.pt")
+        run.save()
         clock, counted = time.time(), 0
-    save_file(export(args, nets, scale, data, args.updates, run.progress["score"]), output)
-    print(f"{output}: {args.updates} updates, score {run.progress['score']:.1f}")
+    save_file(export(args, nets, scale, data, run.progress["step"], run.progress["score"]), output)
+    print(f"{output}: {run.progress['step']} updates, score {run.progress['score']:.1f}")
 
 
 if __name__ == "__main__":

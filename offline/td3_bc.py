@@ -637,11 +637,11 @@ def main(args: Args):
         run.log("offline", step, values)
         print(f"td3_bc {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()), flush=True)
         run.progress |= {"step": step, "score": values["score"]}
-        run.save()
         save_file(export(args, actor, data, step, values["score"]), run.dir / "model.pt")
+        run.save()
         clock, counted = time.time(), 0
-    save_file(export(args, actor, data, args.updates, run.progress["score"]), output)
-    print(f"{output}: {args.updates} updates, score {run.progress['score']:.1f}")
+    save_file(export(args, actor, data, run.progress["step"], run.progress["score"]), output)
+    print(f"{output}: {run.progress['step']} updates, score {run.progress['score']:.1f}")
 
 
 if __name__ == "__main__":

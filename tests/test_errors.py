@@ -10,7 +10,7 @@ import cql
 import gymnasium as gym
 import pytest
 import torch
-from conftest import ROOT, TASK
+from conftest import ROOT, TASK, for_scripts
 
 import o2o_ppo
 import o2o_sac
@@ -133,6 +133,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(s
 def test_sizes_of_ppo_that_do_not_divide(capsys, monkeypatch):
     assert "--minibatch-size" in refused(capsys, monkeypatch, o2o_ppo, "o2o_ppo", "--minibatch-size", "100")
     assert "--num-envs" in refused(capsys, monkeypatch, o2o_ppo, "o2o_ppo", "--num-envs", "3")
+    assert "--no-align" in refused(capsys, monkeypatch, o2o_ppo, "o2o_ppo", "--alignment-steps", "0")
+
+
+@for_scripts(o2o_ppo)
+def test_ppo_cannot_be_resumed_with_another_layout(script, tiny, tmp_path):
+    script.main(tiny(online_steps=4))
+    with pytest.raises(script.UserError, match="--num-envs"):
+        script.main(tiny(resume=str(tmp_path / "run"), num_envs=2))
 
 
 def test_no_compiler_falls_back_to_eager(monkeypatch, capsys):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from dataclasses import asdict
 
 import cql
@@ -320,12 +321,20 @@ def test_kill_and_resume_equals_uninterrupted(script, tiny, tmp_path, stage):
         command_line(script.__name__, tiny(run_dir=str(killed), **settings)), stdout=subprocess.DEVNULL
     )
     deadline = time.time() + 120
-    while not ((killed / "metrics.jsonl").exists() and any(row["stage"] == stage for row in metrics(killed))):
+
+    def rows_of_stage():
+        lines = (killed / "metrics.jsonl").read_text().splitlines() if (killed / "metrics.jsonl").exists() else []
+        return sum(f'"stage": "{stage}"' in line for line in lines)
+
+    while rows_of_stage() < 2:  # the second is written after the state of the first was saved
         assert process.poll() is None and time.time() < deadline, "the run ended before it could be killed"
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (killed / "summary.json").exists()
+    saved = torch.load(killed / "resume.pt", weights_only=True)
+    assert saved["progress"]["stage"] == stage and saved["progress"]["step"] > 0
+    assert ("online" in saved) == (stage == "online")
     resumed = subprocess.run(
         [sys.executable, ROOT / f"{script.__name__}.py", "--resume", killed],
         capture_output=True,
@@ -406,6 +415,62 @@ def test_the_reference_of_ppo_is_renewed_only_by_a_better_policy_or_at_intervals
     assert reference_equals_actor([0.5, 0.1, 0.1], reference="interval", reference_every=8) == (True, 0)
     assert reference_equals_actor([0.5, 0.1, 0.9], reference="interval", reference_every=5) == (True, 0)
     assert reference_equals_actor([0.5, 0.1, 0.9], reference="interval", reference_every=9) == (False, 0)
+
+
+@ON_POLICY
+def test_what_ppo_learns_from_is_the_rollout_with_the_references_advantage(script, tiny, tmp_path, monkeypatch):
+    """The rows of the first update, worked out again from the rollout; and that the reference changes the policy."""
+    seen, real_rollout, real_updates = {}, script.collect_rollout, script.make_updates
+
+    def collect_rollout(args, actor, *rest):
+        seen["policy"] = deepcopy(actor)
+        result = real_rollout(args, actor, *rest)
+        seen.setdefault("batch", result[0])
+        return result
+
+    def make_updates(args, nets, *rest):
+        reevaluate, finetune = real_updates(args, nets, *rest)
+
+        def spied(rows, scale):
+            if "rows" not in seen:
+                seen["rows"], seen["value"] = rows, deepcopy(nets["value"])
+                seen["numbers"] = finetune(rows, scale)
+                return seen["numbers"]
+            return finetune(rows, scale)
+
+        return reevaluate, spied
+
+    monkeypatch.setattr(script, "collect_rollout", collect_rollout)
+    monkeypatch.setattr(script, "make_updates", make_updates)
+    settings = {"rollout": 16, "minibatch_size": 16, "epochs": 1, "num_envs": 2, "online_steps": 16, "eval_every": 16}
+    script.main(tiny(alignment_steps=1000, **settings))
+    obs, action, log_prob, reward, next_obs, terminated, done = seen["batch"]
+    value, policy = seen["value"], seen["policy"]
+    with torch.no_grad():
+        advantage = script.gae(reward, value(obs), value(next_obs), terminated, done, 0.99, 0.95)
+        normal = torch.distributions.Normal(*(policy(obs)[0], policy.log_std.exp()))
+        reference = script.reference_advantage(normal.log_prob(action).sum(-1), normal.entropy().sum(-1), 3, 2.0)
+        mixed = script.combined_advantage(advantage, reference, 1.0)
+    order = seen["rows"][:, 0].argsort()
+    again = obs.flatten(0, 1)[:, 0].argsort()
+    rows = seen["rows"][order]
+    for column, expected in ((-3, log_prob), (-2, mixed), (-1, advantage + value(obs).detach())):
+        torch.testing.assert_close(rows[:, column], expected.flatten()[again], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rows[:, 11:14], action.flatten(0, 1)[again])
+    assert abs(seen["numbers"]["kl"]) < 1e-5 and seen["numbers"]["clipped"] == 0
+    actors = []
+    for name, changes in (("with", {}), ("without", {"align": False}), ("weak", {"alpha": 0.1})):
+        script.main(tiny(run_dir=str(tmp_path / name), **settings, **changes))
+        actors.append(weights(tmp_path / name)["actor.net.0.weight"])
+    assert not torch.equal(actors[0], actors[1]) and not torch.equal(actors[0], actors[2])
+
+
+@ON_POLICY
+def test_the_cap_on_the_std_holds_for_a_fitted_policy_too(script, tiny, tmp_path, checkpoint):
+    script.main(tiny(checkpoint=str(checkpoint), fit_steps=200, max_std=0.05, fit_std=0.05, online_steps=4))
+    nets = torch.load(tmp_path / "run/resume.pt", weights_only=True)["nets"]
+    for name in ("actor", "reference"):
+        assert nets[name]["log_std"].exp().max() <= 0.05 + 1e-6
 
 
 @ON_POLICY
