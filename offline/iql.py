@@ -395,15 +395,20 @@ def compile_update(update, enabled, device):
 # end shared
 
 
+# shared: value_target
+def td_target(reward, terminated, next_value, gamma):
+    """y = r + gamma (1 - d) V(s'); all (B,), in units of (scaled) return."""
+    return reward + gamma * (1 - terminated) * next_value
+
+
+# end shared
+
+
+# shared: iql
 def expectile_loss(advantage, expectile):
     """Eq. 5 of the paper: E[ |expectile - 1(A < 0)| A^2 ], A = min_j Q_j(s,a) - V(s), (B,). Its minimum over V is the
     expectile of Q: values above V count `expectile`, those below 1 - expectile."""
     return ((expectile - (advantage < 0).float()).abs() * advantage**2).mean()
-
-
-def td_target(reward, terminated, next_value, gamma):
-    """Eq. 6: y = r + gamma (1 - d) V(s'); all (B,), in units of (scaled) return."""
-    return reward + gamma * (1 - terminated) * next_value
 
 
 def policy_loss(log_prob, advantage, temperature, max_weight):
@@ -411,16 +416,7 @@ def policy_loss(log_prob, advantage, temperature, max_weight):
     return -((temperature * advantage).exp().clamp(max=max_weight) * log_prob).mean()
 
 
-def reward_scale(returns):
-    """What rewards are multiplied by: 1000 / (best - worst episode return), which makes the returns span 1000, so
-    that one temperature serves every task. Raises UserError if all episodes have one return."""
-    spread = returns.max() - returns.min()
-    if spread <= 0:
-        raise UserError("every episode of the dataset has the same return: there is nothing for IQL to prefer")
-    return 1000 / float(spread)
-
-
-def make_update(args, nets, obs_dim, act_dim):
+def make_iql_update(args, nets, obs_dim, act_dim):
     """-> the optimisers, and update(rows (B, 2 O + A + 2) with scaled rewards, policy_scale), which changes all `nets`
     in place; policy_scale, a tensor, multiplies the policy's learning rate."""
     actor, value, critics, targets = (nets[key] for key in ("actor", "value", "critics", "targets"))
@@ -447,6 +443,18 @@ def make_update(args, nets, obs_dim, act_dim):
         return {key: value.detach() for key, value in values.items()}
 
     return optimizers, update
+
+
+# end shared
+
+
+def reward_scale(returns):
+    """What rewards are multiplied by: 1000 / (best - worst episode return), which makes the returns span 1000, so
+    that one temperature serves every task. Raises UserError if all episodes have one return."""
+    spread = returns.max() - returns.min()
+    if spread <= 0:
+        raise UserError("every episode of the dataset has the same return: there is nothing for IQL to prefer")
+    return 1000 / float(spread)
 
 
 # shared: evaluate
@@ -660,7 +668,7 @@ def main(args: Args):
     nets = {"actor": TanhGaussianActor(*stats, act_dim, [256, 256], std=1.0), "critics": critics}
     nets |= {"targets": deepcopy(critics), "value": Value(*stats, [256, 256], nn.ReLU)}
     nets = {name: net.to(device) for name, net in nets.items()}
-    optimizers, update = make_update(args, nets, obs_dim, act_dim)
+    optimizers, update = make_iql_update(args, nets, obs_dim, act_dim)
     update, generator = compile_update(update, args.compile, device), torch.Generator(device).manual_seed(args.seed)
     run.restore(nets, optimizers, generator)
 

@@ -347,7 +347,7 @@ def our_iql(script, compiled, bf16):
     critics = script.Critics(*stats, ACT, [256] * 2, bf16=bf16)
     nets = {"actor": script.TanhGaussianActor(*stats, ACT, [256] * 2, std=1.0), "critics": critics}
     nets |= {"targets": deepcopy(critics), "value": script.Value(*stats, [256] * 2, nn.ReLU)}
-    update, scale = script.make_update(script.Args(), nets, OBS, ACT)[1], torch.tensor(0.5)
+    update, scale = script.make_iql_update(script.Args(), nets, OBS, ACT)[1], torch.tensor(0.5)
     update = script.compile_update(update, compiled, "cpu")
     return lambda rows, _: update(rows, scale)
 

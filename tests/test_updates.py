@@ -340,7 +340,7 @@ def iql_parts(**changes):
     nets = {"actor": iql.TanhGaussianActor(*stats, ACT, (16, 16), std=1.0)}
     nets |= {"critics": iql.Critics(*stats, ACT, (16, 16), n=3), "value": iql.Value(*stats, (16, 16), torch.nn.ReLU)}
     nets["targets"] = deepcopy(nets["critics"])
-    return nets, iql.make_update(iql.Args(**changes), nets, OBS, ACT)[1]
+    return nets, iql.make_iql_update(iql.Args(**changes), nets, OBS, ACT)[1]
 
 
 def test_ppo_and_iql_write_their_networks_and_no_others():
