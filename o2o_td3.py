@@ -684,13 +684,6 @@ def train_offline(run, args, stage, steps, update, rows, act_dim, check):
             seconds, counted = 0.0, 0
 
 
-def report(run, stage, step, values):
-    """Logs, prints and draws one row of numbers."""
-    run.log(stage, step, values)
-    print(f"{stage} {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()), flush=True)
-    draw_curve(run)
-
-
 # end shared
 
 
@@ -1127,6 +1120,13 @@ def draw_curve(run):
         axis.legend(fontsize=8)
     figure.savefig(run.dir / "curve.png", dpi=100)
     plt.close(figure)
+
+
+def report(run, stage, step, values):
+    """Logs, prints and draws one row of numbers."""
+    run.log(stage, step, values)
+    print(f"{stage} {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()), flush=True)
+    draw_curve(run)
 
 
 @torch.no_grad()

@@ -396,7 +396,7 @@ def compile_update(update, enabled, device):
 
 
 # shared: value_target
-def td_target(reward, terminated, next_value, gamma):
+def value_target(reward, terminated, next_value, gamma):
     """y = r + gamma (1 - d) V(s'); all (B,), in units of (scaled) return."""
     return reward + gamma * (1 - terminated) * next_value
 
@@ -426,7 +426,7 @@ def make_iql_update(args, nets, obs_dim, act_dim):
         obs, action, reward, next_obs, terminated = split(rows, obs_dim, act_dim)
         with torch.no_grad():
             q_old, next_value = targets(obs, action).amin(0), value(next_obs)
-            target = td_target(reward, terminated, next_value, args.gamma)
+            target = value_target(reward, terminated, next_value, args.gamma)
         v = value(obs)
         advantage = q_old - v
         value_loss = expectile_loss(advantage, args.expectile)

@@ -287,7 +287,7 @@ def test_the_first_critic_alone_is_the_first_of_all():
 def test_iql_losses_by_hand():
     advantage = tensor(2, -1)
     assert iql.expectile_loss(advantage, 0.7).item() == pytest.approx((0.7 * 4 + 0.3 * 1) / 2)
-    target = iql.td_target(tensor(1, 1), tensor(0, 1), tensor(10, 10), 0.9)
+    target = iql.value_target(tensor(1, 1), tensor(0, 1), tensor(10, 10), 0.9)
     torch.testing.assert_close(target, tensor(10, 1))
     log_prob = tensor(-1, -2, -3)
     loss = iql.policy_loss(log_prob, tensor(0, 0.5, 9), temperature=2.0, max_weight=100.0)
