@@ -310,17 +310,35 @@ def squashed_log_prob(mean, log_std, u):
 # end shared
 
 
+# shared: mlp
+class HiddenLinear(nn.Linear):
+    """nn.Linear from inputs and weights rounded to bf16, and through a rounded result."""
+
+    def forward(self, x):
+        return (x.bfloat16() @ self.weight.t().bfloat16()).float() + self.bias
+
+
+def mlp(sizes, activation, bf16):
+    """Linear layers with `activation` between them; `bf16` for the products between hidden ones, where the work is."""
+    first, *hidden, last = pairwise(sizes)
+    layers = [nn.Linear(*first), activation()]
+    for pair in hidden:
+        layers += [HiddenLinear(*pair) if bf16 else nn.Linear(*pair), activation()]
+    return nn.Sequential(*layers, nn.Linear(*last))
+
+
+# end shared
+
+
 # shared: tanh_gaussian
 class TanhGaussianActor(nn.Module):
     """a ~ N(tanh(net(s)), std^2), clipped to the box: IQL's policy. With a std that is set, a deterministic one too."""
 
-    def __init__(self, obs_mean, obs_std, act_dim, hidden, std):
+    def __init__(self, obs_mean, obs_std, act_dim, hidden, std, bf16=False):
         super().__init__()
         self.register_buffer("obs_mean", obs_mean.clone())
         self.register_buffer("obs_std", obs_std.clone())
-        sizes = [len(obs_mean), *hidden]
-        layers = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], act_dim))
+        self.net = mlp([len(obs_mean), *hidden, act_dim], nn.ReLU, bf16)
         self.log_std = nn.Parameter(torch.full((act_dim,), math.log(std)))
 
     def forward(self, obs):
@@ -350,13 +368,11 @@ def gaussian_log_prob(mean, log_std, action):
 class Value(nn.Module):
     """V(s), of a network with `activation` between its layers."""
 
-    def __init__(self, obs_mean, obs_std, hidden, activation):
+    def __init__(self, obs_mean, obs_std, hidden, activation, bf16=False):
         super().__init__()
         self.register_buffer("obs_mean", obs_mean.clone())
         self.register_buffer("obs_std", obs_std.clone())
-        sizes = [len(obs_mean), *hidden]
-        layers = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), activation())]
-        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
+        self.net = mlp([len(obs_mean), *hidden, 1], activation, bf16)
 
     def forward(self, obs):
         """(B, O) raw observations -> (B,) return."""
@@ -746,12 +762,13 @@ def train(args, run, data, teacher, hidden, device):
     progress, act_dim, same_class = run.progress, data.act_dim, isinstance(teacher, TanhGaussianActor)
     torch.manual_seed(args.seed)
     stats = teacher.obs_mean.cpu(), teacher.obs_std.cpu()
-    actor = TanhGaussianActor(*stats, act_dim, hidden if same_class else (256, 256), std=args.fit_std)
+    bf16 = args.matmul_precision == "medium"
+    actor = TanhGaussianActor(*stats, act_dim, hidden if same_class else (256, 256), args.fit_std, bf16)
     if same_class:  # of a deterministic policy the mean, with fit_std around it
         actor.load_state_dict(teacher.state_dict())
     with torch.no_grad():
         actor.log_std.clamp_(max=math.log(args.max_std))
-    value = Value(*stats, (256, 256, 256), nn.Tanh)
+    value = Value(*stats, (256, 256, 256), nn.Tanh, bf16)
     for layer in value.net:
         if isinstance(layer, nn.Linear):
             nn.init.orthogonal_(layer.weight)

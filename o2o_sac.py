@@ -354,17 +354,35 @@ class Critics(nn.Module):
 # end shared
 
 
+# shared: mlp
+class HiddenLinear(nn.Linear):
+    """nn.Linear from inputs and weights rounded to bf16, and through a rounded result."""
+
+    def forward(self, x):
+        return (x.bfloat16() @ self.weight.t().bfloat16()).float() + self.bias
+
+
+def mlp(sizes, activation, bf16):
+    """Linear layers with `activation` between them; `bf16` for the products between hidden ones, where the work is."""
+    first, *hidden, last = pairwise(sizes)
+    layers = [nn.Linear(*first), activation()]
+    for pair in hidden:
+        layers += [HiddenLinear(*pair) if bf16 else nn.Linear(*pair), activation()]
+    return nn.Sequential(*layers, nn.Linear(*last))
+
+
+# end shared
+
+
 # shared: tanh_gaussian
 class TanhGaussianActor(nn.Module):
     """a ~ N(tanh(net(s)), std^2), clipped to the box: IQL's policy. With a std that is set, a deterministic one too."""
 
-    def __init__(self, obs_mean, obs_std, act_dim, hidden, std):
+    def __init__(self, obs_mean, obs_std, act_dim, hidden, std, bf16=False):
         super().__init__()
         self.register_buffer("obs_mean", obs_mean.clone())
         self.register_buffer("obs_std", obs_std.clone())
-        sizes = [len(obs_mean), *hidden]
-        layers = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], act_dim))
+        self.net = mlp([len(obs_mean), *hidden, act_dim], nn.ReLU, bf16)
         self.log_std = nn.Parameter(torch.full((act_dim,), math.log(std)))
 
     def forward(self, obs):

@@ -297,17 +297,35 @@ class Critics(nn.Module):
 # end shared
 
 
+# shared: mlp
+class HiddenLinear(nn.Linear):
+    """nn.Linear from inputs and weights rounded to bf16, and through a rounded result."""
+
+    def forward(self, x):
+        return (x.bfloat16() @ self.weight.t().bfloat16()).float() + self.bias
+
+
+def mlp(sizes, activation, bf16):
+    """Linear layers with `activation` between them; `bf16` for the products between hidden ones, where the work is."""
+    first, *hidden, last = pairwise(sizes)
+    layers = [nn.Linear(*first), activation()]
+    for pair in hidden:
+        layers += [HiddenLinear(*pair) if bf16 else nn.Linear(*pair), activation()]
+    return nn.Sequential(*layers, nn.Linear(*last))
+
+
+# end shared
+
+
 # shared: tanh_gaussian
 class TanhGaussianActor(nn.Module):
     """a ~ N(tanh(net(s)), std^2), clipped to the box: IQL's policy. With a std that is set, a deterministic one too."""
 
-    def __init__(self, obs_mean, obs_std, act_dim, hidden, std):
+    def __init__(self, obs_mean, obs_std, act_dim, hidden, std, bf16=False):
         super().__init__()
         self.register_buffer("obs_mean", obs_mean.clone())
         self.register_buffer("obs_std", obs_std.clone())
-        sizes = [len(obs_mean), *hidden]
-        layers = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], act_dim))
+        self.net = mlp([len(obs_mean), *hidden, act_dim], nn.ReLU, bf16)
         self.log_std = nn.Parameter(torch.full((act_dim,), math.log(std)))
 
     def forward(self, obs):
@@ -337,13 +355,11 @@ def gaussian_log_prob(mean, log_std, action):
 class Value(nn.Module):
     """V(s), of a network with `activation` between its layers."""
 
-    def __init__(self, obs_mean, obs_std, hidden, activation):
+    def __init__(self, obs_mean, obs_std, hidden, activation, bf16=False):
         super().__init__()
         self.register_buffer("obs_mean", obs_mean.clone())
         self.register_buffer("obs_std", obs_std.clone())
-        sizes = [len(obs_mean), *hidden]
-        layers = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), activation())]
-        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
+        self.net = mlp([len(obs_mean), *hidden, 1], activation, bf16)
 
     def forward(self, obs):
         """(B, O) raw observations -> (B,) return."""
@@ -632,9 +648,12 @@ def load_base(path, args, obs_dim, act_dim, bf16):
     if len(value["obs_mean"]) != obs_dim:
         raise UserError(f"{path} expects {len(value['obs_mean'])} observations, the data have {obs_dim}")
     stats = value["obs_mean"], value["obs_std"]
-    nets = {"critics": Critics(*stats, act_dim, hidden, n=count, bf16=bf16), "value": Value(*stats, hidden, nn.ReLU)}
+    nets = {
+        "critics": Critics(*stats, act_dim, hidden, n=count, bf16=bf16),
+        "value": Value(*stats, hidden, nn.ReLU, bf16),
+    }
     if args.base == "iql":
-        nets["policy"] = TanhGaussianActor(*stats, act_dim, hidden, std=1.0)
+        nets["policy"] = TanhGaussianActor(*stats, act_dim, hidden, 1.0, bf16)
     else:
         sizes = stats, (torch.zeros(act_dim), torch.ones(act_dim)), saved["policy"]["latent_dim"], hidden
         nets |= {"encoder": Encoder(*sizes), "policy": LatentPolicy(*sizes, saved["max_latent"])}

@@ -264,17 +264,35 @@ class Critics(nn.Module):
 # end shared
 
 
+# shared: mlp
+class HiddenLinear(nn.Linear):
+    """nn.Linear from inputs and weights rounded to bf16, and through a rounded result."""
+
+    def forward(self, x):
+        return (x.bfloat16() @ self.weight.t().bfloat16()).float() + self.bias
+
+
+def mlp(sizes, activation, bf16):
+    """Linear layers with `activation` between them; `bf16` for the products between hidden ones, where the work is."""
+    first, *hidden, last = pairwise(sizes)
+    layers = [nn.Linear(*first), activation()]
+    for pair in hidden:
+        layers += [HiddenLinear(*pair) if bf16 else nn.Linear(*pair), activation()]
+    return nn.Sequential(*layers, nn.Linear(*last))
+
+
+# end shared
+
+
 # shared: tanh_gaussian
 class TanhGaussianActor(nn.Module):
     """a ~ N(tanh(net(s)), std^2), clipped to the box: IQL's policy. With a std that is set, a deterministic one too."""
 
-    def __init__(self, obs_mean, obs_std, act_dim, hidden, std):
+    def __init__(self, obs_mean, obs_std, act_dim, hidden, std, bf16=False):
         super().__init__()
         self.register_buffer("obs_mean", obs_mean.clone())
         self.register_buffer("obs_std", obs_std.clone())
-        sizes = [len(obs_mean), *hidden]
-        layers = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], act_dim))
+        self.net = mlp([len(obs_mean), *hidden, act_dim], nn.ReLU, bf16)
         self.log_std = nn.Parameter(torch.full((act_dim,), math.log(std)))
 
     def forward(self, obs):
@@ -304,13 +322,11 @@ def gaussian_log_prob(mean, log_std, action):
 class Value(nn.Module):
     """V(s), of a network with `activation` between its layers."""
 
-    def __init__(self, obs_mean, obs_std, hidden, activation):
+    def __init__(self, obs_mean, obs_std, hidden, activation, bf16=False):
         super().__init__()
         self.register_buffer("obs_mean", obs_mean.clone())
         self.register_buffer("obs_std", obs_std.clone())
-        sizes = [len(obs_mean), *hidden]
-        layers = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), activation())]
-        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
+        self.net = mlp([len(obs_mean), *hidden, 1], activation, bf16)
 
     def forward(self, obs):
         """(B, O) raw observations -> (B,) return."""
@@ -665,8 +681,8 @@ def main(args: Args):
     torch.manual_seed(args.seed)
     bf16 = args.matmul_precision == "medium"
     critics = Critics(*stats, act_dim, [256, 256], n=args.num_critics, bf16=bf16)
-    nets = {"actor": TanhGaussianActor(*stats, act_dim, [256, 256], std=1.0), "critics": critics}
-    nets |= {"targets": deepcopy(critics), "value": Value(*stats, [256, 256], nn.ReLU)}
+    nets = {"actor": TanhGaussianActor(*stats, act_dim, [256, 256], 1.0, bf16), "critics": critics}
+    nets |= {"targets": deepcopy(critics), "value": Value(*stats, [256, 256], nn.ReLU, bf16)}
     nets = {name: net.to(device) for name, net in nets.items()}
     optimizers, update = make_iql_update(args, nets, obs_dim, act_dim)
     update, generator = compile_update(update, args.compile, device), torch.Generator(device).manual_seed(args.seed)

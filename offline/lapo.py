@@ -267,17 +267,35 @@ class Critics(nn.Module):
 # end shared
 
 
+# shared: mlp
+class HiddenLinear(nn.Linear):
+    """nn.Linear from inputs and weights rounded to bf16, and through a rounded result."""
+
+    def forward(self, x):
+        return (x.bfloat16() @ self.weight.t().bfloat16()).float() + self.bias
+
+
+def mlp(sizes, activation, bf16):
+    """Linear layers with `activation` between them; `bf16` for the products between hidden ones, where the work is."""
+    first, *hidden, last = pairwise(sizes)
+    layers = [nn.Linear(*first), activation()]
+    for pair in hidden:
+        layers += [HiddenLinear(*pair) if bf16 else nn.Linear(*pair), activation()]
+    return nn.Sequential(*layers, nn.Linear(*last))
+
+
+# end shared
+
+
 # shared: value
 class Value(nn.Module):
     """V(s), of a network with `activation` between its layers."""
 
-    def __init__(self, obs_mean, obs_std, hidden, activation):
+    def __init__(self, obs_mean, obs_std, hidden, activation, bf16=False):
         super().__init__()
         self.register_buffer("obs_mean", obs_mean.clone())
         self.register_buffer("obs_std", obs_std.clone())
-        sizes = [len(obs_mean), *hidden]
-        layers = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), activation())]
-        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], 1))
+        self.net = mlp([len(obs_mean), *hidden, 1], activation, bf16)
 
     def forward(self, obs):
         """(B, O) raw observations -> (B,) return."""
@@ -720,7 +738,7 @@ def main(args: Args):
     nets = {"encoder": Encoder(*sizes, hidden), "policy": LatentPolicy(*sizes, hidden, args.max_latent)}
     nets |= {"critics": Critics(*obs_stats, act_dim, hidden, n=args.num_critics, bf16=bf16)}
     nets |= {"policy_target": deepcopy(nets["policy"]), "targets": deepcopy(nets["critics"])}
-    nets |= {"value": Value(*obs_stats, hidden, nn.ReLU)}
+    nets |= {"value": Value(*obs_stats, hidden, nn.ReLU, bf16)}
     nets = {name: net.to(device) for name, net in nets.items()}
     optimizers, update = make_lapo_update(args, nets, value_range, obs_dim, act_dim)
     update, generator = compile_update(update, args.compile, device), torch.Generator(device).manual_seed(args.seed)

@@ -345,17 +345,17 @@ def our_td3(script, name, compiled, bf16):
 def our_iql(script, compiled, bf16):
     stats = torch.zeros(OBS), torch.ones(OBS)
     critics = script.Critics(*stats, ACT, [256] * 2, bf16=bf16)
-    nets = {"actor": script.TanhGaussianActor(*stats, ACT, [256] * 2, std=1.0), "critics": critics}
-    nets |= {"targets": deepcopy(critics), "value": script.Value(*stats, [256] * 2, nn.ReLU)}
+    nets = {"actor": script.TanhGaussianActor(*stats, ACT, [256] * 2, 1.0, bf16), "critics": critics}
+    nets |= {"targets": deepcopy(critics), "value": script.Value(*stats, [256] * 2, nn.ReLU, bf16)}
     update, scale = script.make_iql_update(script.Args(), nets, OBS, ACT)[1], torch.tensor(0.5)
     update = script.compile_update(update, compiled, "cpu")
     return lambda rows, _: update(rows, scale)
 
 
-def our_ppo(script, name, compiled):
+def our_ppo(script, name, compiled, bf16):
     stats, (rows, fit_rows), scale = (torch.zeros(OBS), torch.ones(OBS)), ppo_rows(), torch.tensor(0.5)
-    nets = {"actor": script.TanhGaussianActor(*stats, ACT, [256] * 2, std=1.0)}
-    nets["value"] = script.Value(*stats, [256] * 3, nn.Tanh)
+    nets = {"actor": script.TanhGaussianActor(*stats, ACT, [256] * 2, 1.0, bf16)}
+    nets["value"] = script.Value(*stats, [256] * 3, nn.Tanh, bf16)
     args = script.Args()
     script.fill_defaults(args)
     optimizers = {key: script.Adam(nets[key].parameters(), 1e-4, eps=1e-5, max_norm=0.5) for key in nets}
@@ -379,7 +379,7 @@ def our_update(name, compiled, precision):
     if name == "iql":
         return our_iql(script, compiled, bf16)
     if "ppo" in name:
-        return our_ppo(script, name, compiled)
+        return our_ppo(script, name, compiled, bf16)
     if name == "sac":
         _, _, update = script.make_sac(OBS, ACT, "cpu", bf16)
         return script.compile_update(update, compiled, "cpu")
