@@ -451,3 +451,12 @@ def test_adam_shortens_long_gradients_and_scales_its_step_like_torch():
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
         reference.step()
         torch.testing.assert_close(mine.weight, theirs.weight)
+
+
+def test_bf16_networks_compute_the_same_up_to_rounding_and_have_the_same_weights():
+    exact, rounded = (o2o_ppo.mlp([5, 64, 64, 64, 2], nn.Tanh, bf16) for bf16 in (False, True))
+    rounded.load_state_dict(exact.state_dict())
+    x = torch.randn(100, 5)
+    with torch.no_grad():
+        assert not torch.equal(exact(x), rounded(x))
+        torch.testing.assert_close(exact(x), rounded(x), rtol=0, atol=0.02)
