@@ -74,23 +74,23 @@ class Args:
     sigma: float = 0.2  # std of the candidates around the policy's action (paper: 0.05 outside locomotion)
     num_candidates: int = 100  # N
     omega: float = 0.0  # weight of the ensemble's standard deviation
-    updates_per_step: int | None = None  # gradient steps per environment step; None: LAPO 20, IQL 1
+    updates_per_step: int | None = None  # updates of all networks per environment step; None: LAPO 20, IQL 1
     offline_data: Literal["half", "all", "none", "part"] = "all"  # batches from one buffer that starts with all the
     # offline data, its best 50 episodes (part) or nothing (none); or half offline and half online
-    eval_every: int = 1_000  # environment steps between evaluations
+    eval_every: int | None = None  # environment steps between evaluations; None: LAPO 250, IQL 1,000
     eval_episodes: int = 10  # episodes of one evaluation, all at once
 
-    batch_size: int | None = None  # transitions of one gradient step; None: LAPO 512, IQL 256
-    gamma: float = 0.99  # discount
-    tau: float = 0.005  # Polyak rate of the targets
-    learning_rate: float | None = None  # of all networks; None: LAPO 2e-4, IQL 3e-4
-    expectile: float = 0.7  # IQL: of Q over the data's actions, which V is
-    temperature: float = 3.0  # IQL: weight of the advantage in the imitation
-    max_weight: float = 100.0  # IQL: largest weight of an imitated action
-    kl_weight: float = 1.0  # LAPO: of the divergence of the latent code from N(0, 1)
-    positive_weight: float = 0.9  # LAPO: weight of data whose advantage is positive; the rest has 1 minus it
-    latent_noise: float = 0.1  # LAPO: std of the noise on the target policy's code
-    latent_clip: float = 0.2  # LAPO: its largest absolute value
+    batch_size: int | None = None  # transitions of one gradient step; None: as in the offline training
+    gamma: float | None = None  # discount; None, here and below: as in the offline training
+    tau: float | None = None  # Polyak rate of the targets
+    learning_rate: float | None = None  # of all networks, IQL's policy included: its offline decay is not continued
+    expectile: float | None = None  # IQL: of Q over the data's actions, which V is
+    temperature: float | None = None  # IQL: weight of the advantage in the imitation
+    max_weight: float | None = None  # IQL: largest weight of an imitated action
+    kl_weight: float | None = None  # LAPO: of the divergence of the latent code from N(0, 1)
+    positive_weight: float | None = None  # LAPO: weight of data whose advantage is positive; the rest has 1 minus it
+    latent_noise: float | None = None  # LAPO: std of the noise on the target policy's code
+    latent_clip: float | None = None  # LAPO: its largest absolute value
 
     compile: bool = True  # compile the update and the choice of actions into one graph each
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # fp32; medium: bf16 products
@@ -132,8 +132,7 @@ def normalized_score(env_id, returns):
 def fill_defaults(args):
     """Settings that depend on the offline algorithm."""
     lapo = args.base == "lapo"
-    defaults = {"online_steps": (5_000, 50_000), "updates_per_step": (20, 1), "batch_size": (512, 256)}
-    defaults |= {"learning_rate": (2e-4, 3e-4)}
+    defaults = {"online_steps": (5_000, 50_000), "updates_per_step": (20, 1), "eval_every": (250, 1_000)}
     for name, (for_lapo, for_iql) in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, for_lapo if lapo else for_iql)
@@ -537,12 +536,12 @@ class Decoder(Standardised):
         self.register_buffer("act_std", act_stats[1].clone())
 
     def action(self, obs, latent):
-        """obs (B, O), latent (B, L) -> action (B, A) in [-1, 1]."""
-        return (self(obs, latent) * self.act_std + self.act_mean).clamp(-1, 1)
+        """obs (B, O), latent (B, L) -> action (B, A), not yet clipped to the box, so that it keeps its gradient."""
+        return self(obs, latent) * self.act_std + self.act_mean
 
 
 class LatentPolicy(nn.Module):
-    """pi_z and the decoder that turns its code into an action: LAPO's policy."""
+    """LAPO's policy: pi_z chooses a latent code, and the decoder's slow copy makes an action of it."""
 
     def __init__(self, obs_stats, act_stats, latent_dim, hidden, max_latent):
         super().__init__()
@@ -550,13 +549,14 @@ class LatentPolicy(nn.Module):
         self.decoder = Decoder(obs_stats, act_stats, latent_dim, hidden)
         self.max_latent = max_latent
 
-    def code(self, obs, noise=0.0):
-        """-> z = max_latent tanh(net(s)) + noise (B, L), within max_latent."""
-        return (self.max_latent * torch.tanh(self.latent(obs)) + noise).clamp(-self.max_latent, self.max_latent)
+    def act(self, obs, latent, noise=0.0):
+        """The action, not clipped, of the code max_latent tanh(latent(s)) + noise (B, L), kept within max_latent."""
+        code = self.max_latent * torch.tanh(latent(obs)) + noise
+        return self.decoder.action(obs, code.clamp(-self.max_latent, self.max_latent))
 
     def mode(self, obs):
-        """-> the action (B, A)."""
-        return self.decoder.action(obs, self.code(obs))
+        """-> the action (B, A) in [-1, 1]."""
+        return self.act(obs, self.latent).clamp(-1, 1)
 
 
 def autoencoder_loss(reconstruction, action, mean, log_std, weight, kl_weight):
@@ -579,14 +579,13 @@ def return_range(rewards, gamma):
 
 def make_lapo_update(args, nets, value_range, obs_dim, act_dim):
     """-> the optimisers, and update(rows (B, 2 O + A + 2) with scaled rewards, noise (2, B, 2 A) standard normal,
-    pair (2,) indices of critics), which changes all `nets` in place."""
-    encoder, policy, policy_target = nets["encoder"], nets["policy"], nets["policy_target"]
+    pair (2,) indices of critics), which changes all `nets` in place. value_range: a tensor of the least and the
+    greatest value that V may be asked for."""
+    encoder, decoder, policy, latent_target = (nets[k] for k in ("encoder", "decoder", "policy", "latent_target"))
     value, critics, targets = nets["value"], nets["critics"], nets["targets"]
-    parts = {"encoder": encoder, "decoder": policy.decoder, "latent": policy.latent}
-    parts |= {"value": value, "critics": critics}
-    vae = [*encoder.parameters(), *policy.decoder.parameters()]
-    optimizers = {key: Adam(parts[key].parameters(), args.learning_rate) for key in ("latent", "value", "critics")}
-    optimizers["autoencoder"] = Adam(vae, args.learning_rate)
+    parts = {"latent": policy.latent.parameters(), "value": value.parameters(), "critics": critics.parameters()}
+    parts["autoencoder"] = [*encoder.parameters(), *decoder.parameters()]
+    optimizers = {key: Adam(parameters, args.learning_rate) for key, parameters in parts.items()}
 
     def update(rows, noise, pair):
         obs, action, reward, next_obs, terminated = split(rows, obs_dim, act_dim)
@@ -594,26 +593,26 @@ def make_lapo_update(args, nets, value_range, obs_dim, act_dim):
             target = value_target(reward, terminated, value(next_obs), args.gamma)
             code_noise = (args.latent_noise * noise[0]).clamp(-args.latent_clip, args.latent_clip)
             both, noises = torch.cat([obs, next_obs]), torch.cat([code_noise, torch.zeros_like(code_noise)])
-            action_of_both = policy_target.decoder.action(both, policy_target.code(both, noises))
+            action_of_both = policy.act(both, latent_target, noises)
             q_now, q_next = targets(both, action_of_both)[pair].amin(0).chunk(2)  # the noise smooths V alone
             advantage = value_target(reward, terminated, q_next, args.gamma) - value(obs)
             weight = advantage_weight(advantage, args.positive_weight)
         v = value(obs)
-        value_loss = ((v - q_now.clamp(*value_range)) ** 2).mean()
+        value_loss = ((v - q_now.clamp(value_range[0], value_range[1])) ** 2).mean()
         optimizers["value"].minimize(value_loss)
         q = critics(obs, action)
         critic_loss = ((q - target) ** 2).mean(-1).sum()
         optimizers["critics"].minimize(critic_loss)
-        q_policy = critics(obs, policy_target.decoder.action(obs, policy.code(obs))).mean()
+        q_policy = critics(obs, policy.act(obs, policy.latent)).mean()
         optimizers["latent"].minimize(-q_policy)
         mean, log_std = encoder(obs, action)
-        latent = mean + log_std.exp() * noise[1]
-        decoder = policy.decoder
+        reconstruction = decoder(obs, mean + log_std.exp() * noise[1])
         standardised = (action - decoder.act_mean) / decoder.act_std
-        loss = autoencoder_loss(decoder(obs, latent), standardised, mean, log_std, weight, args.kl_weight)
+        loss = autoencoder_loss(reconstruction, standardised, mean, log_std, weight, args.kl_weight)
         optimizers["autoencoder"].minimize(loss)
         polyak(targets, critics, args.tau)
-        polyak(policy_target, policy, args.tau)
+        polyak(policy.decoder, decoder, args.tau)
+        polyak(latent_target, policy.latent, args.tau)
         values = {"value_loss": value_loss, "critic_loss": critic_loss, "autoencoder_loss": loss, "q_mean": q.mean()}
         values |= {"v_mean": v.mean(), "q_policy": q_policy, "positive": (advantage > 0).float().mean()}
         return {key: value.detach() for key, value in values.items()}
@@ -624,12 +623,17 @@ def make_lapo_update(args, nets, value_range, obs_dim, act_dim):
 # end shared
 
 
+INHERITED = ("gamma", "tau", "learning_rate", "batch_size", "expectile", "temperature", "max_weight")
+INHERITED += ("kl_weight", "positive_weight", "latent_noise", "latent_clip")
+
+
 def load_base(path, args, obs_dim, act_dim, bf16):
-    """The offline algorithm in a checkpoint -> its networks, the checkpoint. Raises UserError if the file is missing,
-    broken, of another algorithm, environment or size, or if its critics cannot be optimistic."""
+    """The offline algorithm in a checkpoint -> its networks, the checkpoint; fills what `args` inherits from it. Slow
+    copies start equal to what they follow. Raises UserError if the file is missing, broken, of another algorithm,
+    environment or size, or if its critics cannot be optimistic."""
     saved = load_file(path, "cpu")
     try:
-        algorithm, origin, version, hidden = (saved[key] for key in ("algorithm", "env_id", "format", "policy"))
+        algorithm, origin, version, settings = (saved[key] for key in ("algorithm", "env_id", "format", "args"))
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is not a checkpoint of format 1: {error} is missing") from error
     if version != 1:
@@ -641,30 +645,33 @@ def load_base(path, args, obs_dim, act_dim, bf16):
         raise UserError(f"{path} comes from {algorithm}, --base {args.base} needs one of offline/{args.base}.py")
     if origin.split("-")[0] != args.env_id.split("-")[0]:
         raise UserError(f"{path} was trained on {origin}, not on {args.env_id}; choose another --checkpoint")
-    hidden, count = hidden["hidden"], saved["num_critics"]
-    if count < 2:
-        raise UserError(f"{path} has {count} critic; optimism needs an ensemble of 2 or more")
-    value = saved["value"]
-    if len(value["obs_mean"]) != obs_dim:
-        raise UserError(f"{path} expects {len(value['obs_mean'])} observations, the data have {obs_dim}")
-    stats = value["obs_mean"], value["obs_std"]
-    nets = {
-        "critics": Critics(*stats, act_dim, hidden, n=count, bf16=bf16),
-        "value": Value(*stats, hidden, nn.ReLU, bf16),
-    }
-    if args.base == "iql":
-        nets["policy"] = TanhGaussianActor(*stats, act_dim, hidden, 1.0, bf16)
-    else:
-        sizes = stats, (torch.zeros(act_dim), torch.ones(act_dim)), saved["policy"]["latent_dim"], hidden
-        nets |= {"encoder": Encoder(*sizes), "policy": LatentPolicy(*sizes, saved["max_latent"])}
     try:
+        value, hidden, count = saved["value"], saved["policy"]["hidden"], saved["num_critics"]
+        stats = value["obs_mean"], value["obs_std"]
+        if len(stats[0]) != obs_dim:
+            raise UserError(f"{path} expects {len(stats[0])} observations, the data have {obs_dim}")
+        if count < 2:
+            raise UserError(f"{path} has {count} critic; optimism needs an ensemble of 2 or more")
+        nets = {"critics": Critics(*stats, act_dim, hidden, n=count, bf16=bf16)}
+        nets["value"] = Value(*stats, hidden, nn.ReLU, bf16)
+        if args.base == "iql":
+            nets["policy"] = TanhGaussianActor(*stats, act_dim, hidden, 1.0, bf16)
+        else:
+            sizes = stats, (torch.zeros(act_dim), torch.ones(act_dim)), saved["policy"]["latent_dim"], hidden
+            nets |= {"encoder": Encoder(*sizes), "decoder": Decoder(*sizes)}
+            nets["policy"] = LatentPolicy(*sizes, saved["max_latent"])
         for key, net in nets.items():
             net.load_state_dict(saved["actor" if key == "policy" else key])
+    except KeyError as error:
+        raise UserError(f"{path} is not a complete checkpoint of offline/{args.base}.py: no {error}") from error
     except RuntimeError as error:
         raise UserError(f"the weights in {path} do not fit {args.base} with {act_dim} actions") from error
     nets["targets"] = deepcopy(nets["critics"])
     if args.base == "lapo":
-        nets["policy_target"] = deepcopy(nets["policy"])
+        nets["latent_target"] = deepcopy(nets["policy"].latent)
+    for name in INHERITED:
+        if getattr(args, name) is None:
+            setattr(args, name, settings.get(name))
     print(f"offline policy {path}: {algorithm}, {saved['step']} updates on {saved['dataset']}, {count} critics")
     return nets, saved
 
@@ -730,7 +737,13 @@ def train(args, run, data, nets, saved, device):
     progress, scale = run.progress, saved["reward_scale"]
     torch.manual_seed(args.seed)
     nets = {name: net.to(device) for name, net in nets.items()}
-    optimizers, update = make_update(args, nets, saved.get("value_range"), data.obs_dim, data.act_dim)
+    offline, reward_column = offline_part(data, args.offline_data), data.obs_dim + data.act_dim
+    buffer, first = torch.cat([offline, torch.zeros(args.online_steps, offline.shape[1])]).to(device), len(offline)
+    buffer[:first, reward_column] *= scale
+    if run.saved and "online" in run.saved:
+        buffer[first : first + progress["step"]] = run.saved["online"].to(device)
+    value_range = torch.tensor(return_range(buffer[:, reward_column], args.gamma), device=device)
+    optimizers, update = make_update(args, nets, value_range, data.obs_dim, data.act_dim)
     generator = torch.Generator(device).manual_seed(args.seed)
     run.restore(nets, optimizers, generator)
     update = compile_update(update, args.compile, device)
@@ -751,12 +764,8 @@ def train(args, run, data, nets, saved, device):
         print(f"offline policy: score {progress['offline_score']:.1f}", flush=True)
         film("offline")
         run.save()
-    offline = offline_part(data, args.offline_data)
-    buffer, first = torch.cat([offline, torch.zeros(args.online_steps, offline.shape[1])]).to(device), len(offline)
-    buffer[:first, data.obs_dim + data.act_dim] *= scale
     obs, _ = env.reset(seed=args.seed)
     if run.saved and "online" in run.saved:
-        buffer[first : first + progress["step"]] = run.saved["online"].to(device)
         set_env_state(env, run.saved["env"])
         obs = run.saved["obs"].numpy()
     seconds, counted, candidates = 0.0, 0, args.num_candidates if args.optimism else 1
@@ -767,6 +776,9 @@ def train(args, run, data, nets, saved, device):
         next_obs, reward, terminated, truncated, _ = env.step(action)
         row = np.concatenate([obs, action, [reward * scale], next_obs, [terminated]])
         buffer[first + step - 1] = torch.as_tensor(row, dtype=torch.float32)
+        low, high = return_range(buffer[first + step - 1, reward_column], args.gamma)
+        value_range[0].clamp_(max=low)  # a reward beyond those of the data widens what values are possible
+        value_range[1].clamp_(min=high)
         obs = env.reset()[0] if terminated or truncated else next_obs
 
         clock = time.time()
@@ -1059,7 +1071,7 @@ def record_video(policy, make_env, path, seed, device):
 
 def export(args, data, nets, saved, progress):
     """The checkpoint of the fine-tuned policy, in the format of the offline ones, from which it can go on."""
-    kept = {key: net for key, net in nets.items() if key not in ("policy", "targets", "policy_target")}
+    kept = {key: net for key, net in nets.items() if key not in ("policy", "targets", "latent_target")}
     state = {key: {name: value.cpu() for name, value in net.state_dict().items()} for key, net in kept.items()}
     return {
         **saved,

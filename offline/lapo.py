@@ -8,9 +8,10 @@ most: it can prefer any mode of the data, but nothing outside them.
     python offline/lapo.py --env-id hopper-medium-v2 --updates 100000 --matmul-precision medium
 
 Five critics and a random pair of them in each target, as fine-tuning needs them; `--num-critics 2` is the original.
-Critics and V see actions as they are; only the autoencoder standardises them.
+Only the autoencoder standardises actions; the critics see them as they are.
 
-Writes a run folder, and `offline/checkpoints/<env_id>/lapo.pt`: everything that goes on online.
+Writes a run folder, and `offline/checkpoints/<env_id>/lapo.pt`: policy, autoencoder, V and critics. Optimisers and slow
+copies other than the policy's decoder start afresh when `o3f.py` goes on from it.
 """
 
 import difflib
@@ -429,12 +430,12 @@ class Decoder(Standardised):
         self.register_buffer("act_std", act_stats[1].clone())
 
     def action(self, obs, latent):
-        """obs (B, O), latent (B, L) -> action (B, A) in [-1, 1]."""
-        return (self(obs, latent) * self.act_std + self.act_mean).clamp(-1, 1)
+        """obs (B, O), latent (B, L) -> action (B, A), not yet clipped to the box, so that it keeps its gradient."""
+        return self(obs, latent) * self.act_std + self.act_mean
 
 
 class LatentPolicy(nn.Module):
-    """pi_z and the decoder that turns its code into an action: LAPO's policy."""
+    """LAPO's policy: pi_z chooses a latent code, and the decoder's slow copy makes an action of it."""
 
     def __init__(self, obs_stats, act_stats, latent_dim, hidden, max_latent):
         super().__init__()
@@ -442,13 +443,14 @@ class LatentPolicy(nn.Module):
         self.decoder = Decoder(obs_stats, act_stats, latent_dim, hidden)
         self.max_latent = max_latent
 
-    def code(self, obs, noise=0.0):
-        """-> z = max_latent tanh(net(s)) + noise (B, L), within max_latent."""
-        return (self.max_latent * torch.tanh(self.latent(obs)) + noise).clamp(-self.max_latent, self.max_latent)
+    def act(self, obs, latent, noise=0.0):
+        """The action, not clipped, of the code max_latent tanh(latent(s)) + noise (B, L), kept within max_latent."""
+        code = self.max_latent * torch.tanh(latent(obs)) + noise
+        return self.decoder.action(obs, code.clamp(-self.max_latent, self.max_latent))
 
     def mode(self, obs):
-        """-> the action (B, A)."""
-        return self.decoder.action(obs, self.code(obs))
+        """-> the action (B, A) in [-1, 1]."""
+        return self.act(obs, self.latent).clamp(-1, 1)
 
 
 def autoencoder_loss(reconstruction, action, mean, log_std, weight, kl_weight):
@@ -471,14 +473,13 @@ def return_range(rewards, gamma):
 
 def make_lapo_update(args, nets, value_range, obs_dim, act_dim):
     """-> the optimisers, and update(rows (B, 2 O + A + 2) with scaled rewards, noise (2, B, 2 A) standard normal,
-    pair (2,) indices of critics), which changes all `nets` in place."""
-    encoder, policy, policy_target = nets["encoder"], nets["policy"], nets["policy_target"]
+    pair (2,) indices of critics), which changes all `nets` in place. value_range: a tensor of the least and the
+    greatest value that V may be asked for."""
+    encoder, decoder, policy, latent_target = (nets[k] for k in ("encoder", "decoder", "policy", "latent_target"))
     value, critics, targets = nets["value"], nets["critics"], nets["targets"]
-    parts = {"encoder": encoder, "decoder": policy.decoder, "latent": policy.latent}
-    parts |= {"value": value, "critics": critics}
-    vae = [*encoder.parameters(), *policy.decoder.parameters()]
-    optimizers = {key: Adam(parts[key].parameters(), args.learning_rate) for key in ("latent", "value", "critics")}
-    optimizers["autoencoder"] = Adam(vae, args.learning_rate)
+    parts = {"latent": policy.latent.parameters(), "value": value.parameters(), "critics": critics.parameters()}
+    parts["autoencoder"] = [*encoder.parameters(), *decoder.parameters()]
+    optimizers = {key: Adam(parameters, args.learning_rate) for key, parameters in parts.items()}
 
     def update(rows, noise, pair):
         obs, action, reward, next_obs, terminated = split(rows, obs_dim, act_dim)
@@ -486,26 +487,26 @@ def make_lapo_update(args, nets, value_range, obs_dim, act_dim):
             target = value_target(reward, terminated, value(next_obs), args.gamma)
             code_noise = (args.latent_noise * noise[0]).clamp(-args.latent_clip, args.latent_clip)
             both, noises = torch.cat([obs, next_obs]), torch.cat([code_noise, torch.zeros_like(code_noise)])
-            action_of_both = policy_target.decoder.action(both, policy_target.code(both, noises))
+            action_of_both = policy.act(both, latent_target, noises)
             q_now, q_next = targets(both, action_of_both)[pair].amin(0).chunk(2)  # the noise smooths V alone
             advantage = value_target(reward, terminated, q_next, args.gamma) - value(obs)
             weight = advantage_weight(advantage, args.positive_weight)
         v = value(obs)
-        value_loss = ((v - q_now.clamp(*value_range)) ** 2).mean()
+        value_loss = ((v - q_now.clamp(value_range[0], value_range[1])) ** 2).mean()
         optimizers["value"].minimize(value_loss)
         q = critics(obs, action)
         critic_loss = ((q - target) ** 2).mean(-1).sum()
         optimizers["critics"].minimize(critic_loss)
-        q_policy = critics(obs, policy_target.decoder.action(obs, policy.code(obs))).mean()
+        q_policy = critics(obs, policy.act(obs, policy.latent)).mean()
         optimizers["latent"].minimize(-q_policy)
         mean, log_std = encoder(obs, action)
-        latent = mean + log_std.exp() * noise[1]
-        decoder = policy.decoder
+        reconstruction = decoder(obs, mean + log_std.exp() * noise[1])
         standardised = (action - decoder.act_mean) / decoder.act_std
-        loss = autoencoder_loss(decoder(obs, latent), standardised, mean, log_std, weight, args.kl_weight)
+        loss = autoencoder_loss(reconstruction, standardised, mean, log_std, weight, args.kl_weight)
         optimizers["autoencoder"].minimize(loss)
         polyak(targets, critics, args.tau)
-        polyak(policy_target, policy, args.tau)
+        polyak(policy.decoder, decoder, args.tau)
+        polyak(latent_target, policy.latent, args.tau)
         values = {"value_loss": value_loss, "critic_loss": critic_loss, "autoencoder_loss": loss, "q_mean": q.mean()}
         values |= {"v_mean": v.mean(), "q_policy": q_policy, "positive": (advantage > 0).float().mean()}
         return {key: value.detach() for key, value in values.items()}
@@ -691,10 +692,9 @@ def pick_device(cuda):
 # end shared
 
 
-def export(args, nets, scale, value_range, data, step, score):
-    """The checkpoint that fine-tuning loads, with all networks: the offline objective goes on online. The critics'
-    targets are left out: they follow the critics."""
-    kept = {key: net for key, net in nets.items() if key not in ("policy", "targets")}
+def export(args, nets, scale, data, step, score):
+    """The checkpoint that fine-tuning loads: the offline objective goes on online. Slow copies are left out."""
+    kept = {key: net for key, net in nets.items() if key not in ("policy", "targets", "latent_target")}
     return {
         "format": 1,
         "algorithm": "lapo",
@@ -706,7 +706,6 @@ def export(args, nets, scale, value_range, data, step, score):
         **{key: {name: value.cpu() for name, value in net.state_dict().items()} for key, net in kept.items()},
         "num_critics": args.num_critics,
         "reward_scale": scale,
-        "value_range": list(value_range),
         "step": step,
         "score": score,
         "args": asdict(args),
@@ -728,16 +727,18 @@ def main(args: Args):
     reward = rows[:, obs_dim + act_dim]
     scale = reward_scale(reward)
     reward *= scale  # a view of rows
-    value_range = return_range(reward, args.gamma)
+    value_range = torch.tensor(return_range(reward, args.gamma), device=device)
     obs, action = data.rows[:, :obs_dim], data.rows[:, obs_dim : obs_dim + act_dim]
     obs_stats, act_stats = ((x.mean(0), x.std(0) + 1e-3) for x in (obs, action))
     envs = [data.make_env() for _ in range(args.eval_episodes)]
 
     torch.manual_seed(args.seed)
     bf16, hidden, sizes = args.matmul_precision == "medium", [256] * 3, (obs_stats, act_stats, 2 * act_dim)
-    nets = {"encoder": Encoder(*sizes, hidden), "policy": LatentPolicy(*sizes, hidden, args.max_latent)}
+    nets = {"encoder": Encoder(*sizes, hidden), "decoder": Decoder(*sizes, hidden)}
+    nets["policy"] = LatentPolicy(*sizes, hidden, args.max_latent)
+    nets["policy"].decoder.load_state_dict(nets["decoder"].state_dict())
     nets |= {"critics": Critics(*obs_stats, act_dim, hidden, n=args.num_critics, bf16=bf16)}
-    nets |= {"policy_target": deepcopy(nets["policy"]), "targets": deepcopy(nets["critics"])}
+    nets |= {"latent_target": deepcopy(nets["policy"].latent), "targets": deepcopy(nets["critics"])}
     nets |= {"value": Value(*obs_stats, hidden, nn.ReLU, bf16)}
     nets = {name: net.to(device) for name, net in nets.items()}
     optimizers, update = make_lapo_update(args, nets, value_range, obs_dim, act_dim)
@@ -761,10 +762,10 @@ def main(args: Args):
         run.log("offline", step, values)
         print(f"lapo {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()), flush=True)
         run.progress |= {"step": step, "score": values["score"]}
-        save_file(export(args, nets, scale, value_range, data, step, values["score"]), run.dir / "model.pt")
+        save_file(export(args, nets, scale, data, step, values["score"]), run.dir / "model.pt")
         run.save()
         clock, counted = time.time(), 0
-    save_file(export(args, nets, scale, value_range, data, run.progress["step"], run.progress["score"]), output)
+    save_file(export(args, nets, scale, data, run.progress["step"], run.progress["score"]), output)
     print(f"{output}: {run.progress['step']} updates, score {run.progress['score']:.1f}")
 
 

@@ -67,15 +67,22 @@ def base_parts(base, seed=0, **changes):
     stats, hidden = (torch.zeros(OBS), torch.ones(OBS)), (16, 16)
     args = o3f.Args(base=base, **changes)
     o3f.fill_defaults(args)
+    for name in o3f.INHERITED:
+        if getattr(args, name) is None:
+            setattr(args, name, getattr({"lapo": lapo, "iql": iql}[base].Args(), name, None))
     nets = {"critics": o3f.Critics(*stats, ACT, hidden, n=5), "value": o3f.Value(*stats, hidden, torch.nn.ReLU)}
     if base == "iql":
         nets["policy"] = o3f.TanhGaussianActor(*stats, ACT, hidden, std=0.3)
     else:
         sizes = stats, (torch.zeros(ACT), torch.ones(ACT)), 2 * ACT, hidden
-        nets |= {"encoder": o3f.Encoder(*sizes), "policy": o3f.LatentPolicy(*sizes, 2.0)}
-        nets["policy_target"] = deepcopy(nets["policy"])
+        nets |= {
+            "encoder": o3f.Encoder(*sizes),
+            "decoder": o3f.Decoder(*sizes),
+            "policy": o3f.LatentPolicy(*sizes, 2.0),
+        }
+        nets["latent_target"] = deepcopy(nets["policy"].latent)
     nets["targets"] = deepcopy(nets["critics"])
-    return args, nets, o3f.make_update(args, nets, (-50.0, 50.0), OBS, ACT)[1]
+    return args, nets, o3f.make_update(args, nets, torch.tensor([-50.0, 50.0]), OBS, ACT)[1]
 
 
 @pytest.mark.parametrize("base", ["lapo", "iql"])
@@ -91,6 +98,12 @@ def test_the_executed_action(base):
     candidates = (policys + 0.3 * noise).clamp(-1, 1)
     score = nets["critics"](obs.expand(50, -1), candidates).mean(0)
     torch.testing.assert_close(chosen[0], candidates[score.argmax()].detach())
+    spread = nets["critics"](obs.expand(50, -1), candidates).std(0, correction=0)
+    extremes = {omega: candidates[(score + omega * spread).argmax()].detach() for omega in (1000.0, -1000.0)}
+    args.omega, best = next(item for item in extremes.items() if not torch.equal(item[1], chosen[0]))
+    for compiled in (False, True):
+        act = o3f.compile_update(o3f.make_act(args, nets), compiled, "cpu")
+        torch.testing.assert_close(act(obs, own, noise)[0], best)
     args.optimism = False
     torch.testing.assert_close(o3f.make_act(args, nets)(obs, own, noise[:1]), candidates[:1].detach())
 
@@ -129,29 +142,75 @@ def test_lapo_losses_by_hand():
 
 
 def test_lapo_clamps_the_codes_and_the_target_of_v():
-    policy = base_parts("lapo")[1]["policy"]
-    obs = torch.randn(64, OBS)
-    assert policy.code(obs, 100.0).max() == 2 and policy.code(obs, -100.0).min() == -2
-    assert policy.decoder.action(obs, 100 * torch.randn(64, 2 * ACT)).abs().max() <= 1
     args, nets, _ = base_parts("lapo", learning_rate=3e-3)
-    for parameter in nets["targets"].parameters():
-        torch.nn.init.constant_(parameter, 1.0)  # values far above the range
+    policy, obs = nets["policy"], torch.randn(64, OBS)
+    for noise, code in ((100.0, 2.0), (-100.0, -2.0)):
+        expected = policy.decoder.action(obs, torch.full((64, 2 * ACT), code))
+        torch.testing.assert_close(policy.act(obs, policy.latent, noise), expected)
+    torch.nn.init.normal_(policy.decoder.net[-1].weight, std=5.0)
+    assert policy.mode(obs).abs().max() == 1 and policy.act(obs, policy.latent).abs().max() > 1
     args.tau = 0.0
-    update = lapo.make_lapo_update(args, nets, (-1.0, 2.0), OBS, ACT)[1]
-    for step in range(300):
-        update(batch(step)[0], torch.randn(2, BATCH, 2 * ACT), torch.tensor([0, 1]))
-    assert nets["value"](torch.randn(256, OBS)).mean().item() == pytest.approx(2, abs=0.2)
+    for size, expected in ((1.0, 2.0), (-1.0, -1.0)):  # values far beyond either end of the range
+        for parameter in nets["targets"].parameters():
+            torch.nn.init.constant_(parameter, 1.0)
+        torch.nn.init.constant_(nets["targets"].net[-1].weight, size)
+        update = o3f.make_lapo_update(args, nets, torch.tensor([-1.0, 2.0]), OBS, ACT)[1]
+        for step in range(400):
+            update(batch(step)[0], torch.randn(2, BATCH, 2 * ACT), torch.tensor([0, 1]))
+        assert nets["value"](torch.randn(256, OBS)).mean().item() == pytest.approx(expected, abs=0.2)
 
 
-def test_lapo_prefers_the_better_of_two_actions_in_the_data():
-    """Half of the data's actions earn 1, half 0, and episodes end at once."""
-    _, nets, update = base_parts("lapo", learning_rate=2e-3, tau=0.05)
+class KnownCritics(torch.nn.Module):
+    """Critic j says 10 j + the first action, in every state; the weight is there to have a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, obs, action):
+        return 10 * torch.arange(5.0).unsqueeze(1) + action[:, 0] + self.weight
+
+
+def test_lapo_targets_by_hand():
+    """V = 3, critics j = 10 j + a_1, a policy whose action is its noise-free code's: 0 except where noise moves it."""
+    args, nets, _ = base_parts("lapo")
+    nets |= {"critics": KnownCritics(), "targets": KnownCritics()}
+    for key in ("value", "policy", "latent_target"):
+        for parameter in nets[key].parameters():
+            torch.nn.init.zeros_(parameter)
+    torch.nn.init.constant_(nets["value"].net[-1].bias, 3.0)
+    args.gamma = 0.5
+    update = o3f.make_lapo_update(args, nets, torch.tensor([-100.0, 100.0]), OBS, ACT)[1]
+    rows, _ = batch(0)
+    rows[:, OBS + ACT], rows[:, -1] = 1.0, 0.0
+    rows[:2, -1] = 1.0
+    noise = torch.zeros(2, BATCH, 2 * ACT)
+    values = update(rows, noise, torch.tensor([3, 1]))
+    assert values["value_loss"].item() == pytest.approx((3 - 10) ** 2)  # the lesser of critics 3 and 1
+    # advantages: 1 + 0.5 * 10 - 3 = 3, and where the episode ends 1 - 3 = -2
+    assert values["positive"].item() == pytest.approx((BATCH - 2) / BATCH)
+    target = torch.full((BATCH,), 1 + 0.5 * 3.0)
+    target[:2] = 1.0
+    q = KnownCritics()(None, rows[:, OBS : OBS + ACT])
+    assert values["critic_loss"].item() == pytest.approx(((q - target) ** 2).mean(-1).sum().item(), rel=1e-5)
+    assert values["q_policy"].item() == pytest.approx(20, abs=0.01)  # the mean over all five
+
+
+def lapo_on_two_actions(**changes):
+    """Half of the data's actions, 0.5, earn 1, the other half, -0.5, nothing; -> the policy's mean action."""
+    _, nets, update = base_parts("lapo", tau=0.05, **changes)
     for step in range(700):
         rows, _ = batch(step)
         good = (torch.arange(BATCH) % 2).float()
         rows[:, OBS : OBS + ACT], rows[:, OBS + ACT], rows[:, -1] = (good - 0.5).unsqueeze(1), good, 1.0
         update(rows, torch.randn(2, BATCH, 2 * ACT), torch.randperm(5)[:2])
-    assert nets["policy"].mode(torch.randn(256, OBS)).mean().item() > 0.25
+    return nets["policy"].mode(torch.randn(256, OBS)).mean().item()
+
+
+def test_lapo_chooses_the_better_of_two_actions_in_the_data():
+    """By its latent policy, with an autoencoder that prefers neither; and by the autoencoder's weights alone."""
+    assert lapo_on_two_actions(learning_rate=2e-3, kl_weight=0.1, positive_weight=0.5) > 0.3
+    assert lapo_on_two_actions(learning_rate=2e-3) > 0.25
 
 
 def test_a_run_leaves_everything_it_promises(tiny_o3f, tmp_path):
@@ -167,7 +226,7 @@ def test_a_run_leaves_everything_it_promises(tiny_o3f, tmp_path):
 
 
 def test_resume_equals_uninterrupted(tiny_o3f, tmp_path, monkeypatch):
-    o3f.main(tiny_o3f(run_dir=str(tmp_path / "whole")))
+    o3f.main(tiny_o3f(run_dir=str(tmp_path / "whole"), offline_data="half"))
     real, calls = o3f.evaluate, []
 
     def cut_off(*rest):
@@ -179,10 +238,12 @@ def test_resume_equals_uninterrupted(tiny_o3f, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(o3f, "evaluate", cut_off)
         with pytest.raises(KeyboardInterrupt):
-            o3f.main(tiny_o3f())
+            o3f.main(tiny_o3f(offline_data="half"))
     assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "interrupted"
-    o3f.main(tiny_o3f(resume=str(tmp_path / "run")))
+    o3f.main(tiny_o3f(resume=str(tmp_path / "run"), offline_data="half"))
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+    online = [torch.load(tmp_path / name / "resume.pt", weights_only=True)["online"] for name in ("whole", "run")]
+    assert torch.equal(*online)
     assert [row["step"] for row in metrics(tmp_path / "run")] == [4, 8]
 
 
@@ -221,19 +282,65 @@ def test_batches_come_from_the_offline_data_and_the_executed_actions(tiny_o3f, t
     scale = torch.load(args.checkpoint, weights_only=True)["reward_scale"]
     rows = real_load(TASK).rows.clone()
     rows[:, 14] *= scale
-    known = {tuple(row.tolist()) for row in torch.cat([rows, online])}
-    assert all(tuple(row.tolist()) in known for row in seen[-1]) and len(seen) == 40
-    assert all(tuple(row.tolist()) in {tuple(r.tolist()) for r in torch.cat([rows, online[:1]])} for row in seen[0])
-    new = {tuple(row.tolist()) for row in online}
+    offline, new = ({tuple(row.tolist()) for row in part} for part in (rows, online))
+    assert all(tuple(row.tolist()) in offline | new for row in seen[-1]) and len(seen) == 40
+    first = tuple(online[0].tolist())
+    assert all(tuple(row.tolist()) in offline or tuple(row.tolist()) == first for row in seen[0])
     assert sum(tuple(row.tolist()) in new for row in torch.cat(seen)) > 0
 
 
 def test_without_optimism_it_is_the_same_algorithm_with_noise(tiny_o3f, tmp_path):
-    for name, changes in (("with", {}), ("without", {"optimism": False})):
+    """A single candidate is chosen whatever its value: the runs are the same. Five candidates make another run."""
+    runs = {"one": {"num_candidates": 1}, "none": {"optimism": False}, "five": {"num_candidates": 5}}
+    online = {}
+    for name, changes in runs.items():
         o3f.main(tiny_o3f(run_dir=str(tmp_path / name), **changes))
-    assert not torch.equal(
-        *(torch.load(tmp_path / n / "resume.pt", weights_only=True)["online"] for n in ("with", "without"))
-    )
+        online[name] = torch.load(tmp_path / name / "resume.pt", weights_only=True)["online"]
+    assert torch.equal(online["one"], online["none"]) and not torch.equal(online["one"], online["five"])
+    assert_same(weights(tmp_path / "one"), weights(tmp_path / "none"))
+
+
+def test_evaluating_more_often_changes_no_training_number(tiny_o3f, tmp_path):
+    for every in (2, 8):
+        o3f.main(tiny_o3f(run_dir=str(tmp_path / str(every)), eval_every=every))
+    assert_same(weights(tmp_path / "2"), weights(tmp_path / "8"))
+
+
+def test_settings_are_those_of_the_offline_training_unless_given(tiny_o3f, bases):
+    args = tiny_o3f(batch_size=None, tau=0.1)
+    stored = torch.load(args.checkpoint, weights_only=True)["args"]
+    o3f.fill_defaults(args)
+    o3f.load_base(args.checkpoint, args, 11, 3, False)
+    assert (args.batch_size, args.gamma, args.tau) == (16, stored["gamma"], 0.1)
+    assert args.learning_rate == {"lapo": 2e-4, "iql": 3e-4}[args.base]
+
+
+def test_a_greater_reward_widens_the_range_of_values(tiny_o3f, monkeypatch):
+    seen, real = [], o3f.make_update
+
+    def make_update(args, nets, value_range, *rest):
+        seen.append((value_range.clone(), value_range))
+        return real(args, nets, value_range, *rest)
+
+    class Generous(gym.Wrapper):
+        def step(self, action):
+            obs, _, *rest = self.env.step(action)
+            return obs, 1000.0, *rest
+
+    real_load = o3f.load_dataset
+
+    def load(*args):
+        data = real_load(*args)
+        return data._replace(make_env=lambda **kwargs: Generous(data.make_env(**kwargs)))
+
+    monkeypatch.setattr(o3f, "make_update", make_update)
+    monkeypatch.setattr(o3f, "load_dataset", load)
+    args = tiny_o3f()
+    o3f.main(args)
+    before, after = seen[0]
+    scale = torch.load(args.checkpoint, weights_only=True)["reward_scale"]
+    assert after[1].item() == pytest.approx(1000 * scale / (1 - 0.99), rel=1e-4) and after[1] > before[1]
+    assert after[0] == before[0]
 
 
 def test_checkpoints_that_o3f_refuses(capsys, monkeypatch, bases, checkpoint, tmp_path):

@@ -12,6 +12,7 @@ from dataclasses import asdict
 import cql
 import gymnasium as gym
 import iql
+import lapo
 import numpy as np
 import pytest
 import td3_bc
@@ -359,7 +360,7 @@ def test_interrupting_writes_a_summary(script, tiny, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "interrupted"
 
 
-@pytest.mark.parametrize("module", [cql, td3_bc, iql], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [cql, td3_bc, iql, lapo], ids=lambda module: module.__name__)
 def test_offline_training_resumes_exactly(module, tmp_path, monkeypatch):
     def args(name, **changes):
         settings = {"updates": 6, "eval_every": 3, "eval_episodes": 1, "batch_size": 8, "compile": False}
@@ -384,7 +385,7 @@ def test_offline_training_resumes_exactly(module, tmp_path, monkeypatch):
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     assert [row["step"] for row in metrics(tmp_path / "cut")] == [3, 6]
     saved = torch.load(tmp_path / "rest.pt", weights_only=True)
-    kind = {cql: "squashed_gaussian", td3_bc: "deterministic", iql: "tanh_gaussian"}[module]
+    kind = {cql: "squashed_gaussian", td3_bc: "deterministic", iql: "tanh_gaussian", lapo: "latent"}[module]
     assert saved["algorithm"] == module.__name__ and saved["step"] == 6 and saved["policy"]["kind"] == kind
 
 
