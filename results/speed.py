@@ -431,8 +431,8 @@ def main(threads):
     lines = [
         "# Updates per second",
         "",
-        f"Made by `python results/speed.py {' '.join(map(str, threads))}` in one run; Hopper's sizes, random data, batch",
-        "256 (O2PPO: 512 in stage 1, 128 in stage 2; an iteration is 10 epochs over 2,048 samples). *Plain*: separate",
+        f"Made by `python results/speed.py {' '.join(map(str, threads))}` in one run; Hopper's sizes, random data,",
+        "batch 256 (O2PPO: 512 in stage 1, 128 in stage 2; an iteration is 10 epochs over 2,048). *Plain*: separate",
         "critics, torch.optim, `loss.backward()`, eager, float32. *Factor*: compiled with bf16 matmul against plain.",
         "",
         f"{platform.processor() or platform.machine()}, {platform.system()}, torch {torch.__version__}.",
