@@ -542,8 +542,7 @@ def reference_advantage(log_prob, entropy, act_dim, alpha):
 
 
 def combined_advantage(advantage, reference, weight):
-    """A' = (A + w std(A) A_ref) / (1 + w), then normalised over the batch; all of one shape,
-    sample by sample."""
+    """A' = (A + w std(A) A_ref) / (1 + w), sample by sample, then normalised over the iteration; all of one shape."""
     mixed = (advantage + weight * advantage.std() * reference) / (1 + weight)
     return (mixed - mixed.mean()) / (mixed.std() + 1e-8)
 
