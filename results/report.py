@@ -61,7 +61,8 @@ def figure(runs, path):
     """Score during alignment and online, the mean over seeds with their range."""
     seen = {row["stage"] for group in runs.values() for _, rows in group for row in rows}
     stages = [stage for stage in ("align", "online") if stage in seen]
-    drawing, axes = plt.subplots(1, len(stages), figsize=(5 * len(stages), 3.8), layout="constrained", squeeze=False)
+    settings = {"layout": "constrained", "squeeze": False, "sharey": True}
+    drawing, axes = plt.subplots(1, len(stages), figsize=(5 * len(stages), 3.8), **settings)
     for axis, stage in zip(axes[0], stages, strict=True):
         for i, (variant, group) in enumerate(runs.items()):
             curves = [[(r["step"], r[f"{stage}/score"]) for r in rows if r["stage"] == stage] for _, rows in group]
@@ -74,7 +75,6 @@ def figure(runs, path):
         axis.axhline(offline, color="black", linestyle="--", label="offline policy")
         axis.set_title({"align": "alignment", "online": "online fine-tuning"}[stage])
         axis.set_xlabel({"align": "updates", "online": "environment steps"}[stage])
-        axis.sharey(axes[0, 0])
     axes[0, 0].set_ylabel("normalised score")
     axes[0, -1].legend(fontsize=8)
     drawing.savefig(path, dpi=110, metadata={"Software": None})
