@@ -567,3 +567,24 @@ def test_the_state_of_the_environment_survives_a_save():
         assert np.array_equal(mine[0], theirs[0]) and mine[1:4] == theirs[1:4]
         if mine[2]:
             assert np.array_equal(env.reset()[0], twin.reset()[0])
+
+
+def test_the_learning_rate_of_iqls_policy_falls_along_a_cosine_and_rewards_are_scaled(tmp_path, monkeypatch):
+    scales, rewards = [], []
+
+    def spying(update, *_):
+        def spied(rows, scale):
+            scales.append(scale.item())
+            rewards.append(rows[:, 14].clone())
+            return update(rows, scale)
+
+        return spied
+
+    monkeypatch.setattr(iql, "compile_update", spying)
+    settings = {"updates": 4, "eval_every": 4, "eval_episodes": 1, "batch_size": 64, "compile": False}
+    iql.main(iql.Args(output=str(tmp_path / "iql.pt"), run_dir=str(tmp_path / "run"), **settings))
+    assert scales == pytest.approx([1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2])
+    data = iql.load_dataset("hopper-medium-v2")
+    spread = data.returns.max() - data.returns.min()
+    raw = torch.cat(rewards) * spread / 1000
+    assert (raw.unsqueeze(1) - data.rows[:, 14]).abs().amin(1).max() < 1e-4, "not rewards of the data"
