@@ -500,13 +500,11 @@ def make_iql_update(args, nets, obs_dim, act_dim):
 class Standardised(nn.Module):
     """A ReLU network of an input that is standardised first."""
 
-    def __init__(self, mean, std, hidden, outputs):
+    def __init__(self, mean, std, hidden, outputs, bf16):
         super().__init__()
         self.register_buffer("mean", mean.clone())
         self.register_buffer("std", std.clone())
-        sizes = [len(mean), *hidden]
-        layers = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
+        self.net = mlp([len(mean), *hidden, outputs], nn.ReLU, bf16)
 
     def forward(self, *inputs):
         return self.net((torch.cat(inputs, dim=-1) - self.mean) / self.std)
@@ -515,9 +513,9 @@ class Standardised(nn.Module):
 class Encoder(Standardised):
     """q(z|s,a) = N(mean, std^2): which latent code stands for an action."""
 
-    def __init__(self, obs_stats, act_stats, latent_dim, hidden):
+    def __init__(self, obs_stats, act_stats, latent_dim, hidden, bf16=False):
         mean, std = (torch.cat(pair) for pair in zip(obs_stats, act_stats, strict=True))
-        super().__init__(mean, std, hidden, 2 * latent_dim)
+        super().__init__(mean, std, hidden, 2 * latent_dim, bf16)
 
     def forward(self, obs, action):
         """obs (B, O), action (B, A) -> mean, log_std (B, L)."""
@@ -528,10 +526,10 @@ class Encoder(Standardised):
 class Decoder(Standardised):
     """p(a|s,z): the action that a latent code stands for."""
 
-    def __init__(self, obs_stats, act_stats, latent_dim, hidden):
+    def __init__(self, obs_stats, act_stats, latent_dim, hidden, bf16=False):
         mean = torch.cat([obs_stats[0], torch.zeros(latent_dim)])
         std = torch.cat([obs_stats[1], torch.ones(latent_dim)])
-        super().__init__(mean, std, hidden, len(act_stats[0]))
+        super().__init__(mean, std, hidden, len(act_stats[0]), bf16)
         self.register_buffer("act_mean", act_stats[0].clone())
         self.register_buffer("act_std", act_stats[1].clone())
 
@@ -543,10 +541,10 @@ class Decoder(Standardised):
 class LatentPolicy(nn.Module):
     """LAPO's policy: pi_z chooses a latent code, and the decoder's slow copy makes an action of it."""
 
-    def __init__(self, obs_stats, act_stats, latent_dim, hidden, max_latent):
+    def __init__(self, obs_stats, act_stats, latent_dim, hidden, max_latent, bf16=False):
         super().__init__()
-        self.latent = Standardised(*obs_stats, hidden, latent_dim)
-        self.decoder = Decoder(obs_stats, act_stats, latent_dim, hidden)
+        self.latent = Standardised(*obs_stats, hidden, latent_dim, bf16)
+        self.decoder = Decoder(obs_stats, act_stats, latent_dim, hidden, bf16)
         self.max_latent = max_latent
 
     def act(self, obs, latent, noise=0.0):
@@ -658,8 +656,8 @@ def load_base(path, args, obs_dim, act_dim, bf16):
             nets["policy"] = TanhGaussianActor(*stats, act_dim, hidden, 1.0, bf16)
         else:
             sizes = stats, (torch.zeros(act_dim), torch.ones(act_dim)), saved["policy"]["latent_dim"], hidden
-            nets |= {"encoder": Encoder(*sizes), "decoder": Decoder(*sizes)}
-            nets["policy"] = LatentPolicy(*sizes, saved["max_latent"])
+            nets |= {"encoder": Encoder(*sizes, bf16), "decoder": Decoder(*sizes, bf16)}
+            nets["policy"] = LatentPolicy(*sizes, saved["max_latent"], bf16)
         for key, net in nets.items():
             net.load_state_dict(saved["actor" if key == "policy" else key])
     except KeyError as error:

@@ -30,6 +30,7 @@ OBS, ACT, BATCH = 11, 3, 256
 UPDATES = ("sac", "cql", "o2o_sac reevaluate", "o2o_sac align", "o2o_sac finetune")
 UPDATES += ("td3_bc", "o2o_td3 reevaluate", "o2o_td3 align", "o2o_td3 finetune")
 UPDATES += ("iql", "o2o_ppo reevaluate", "o2o_ppo iteration")  # an iteration: 10 epochs over 2,048 samples
+UPDATES += ("lapo", "o3f lapo action", "o3f iql action")  # an action: the best of 100 candidates by 5 critics
 SECONDS = 4.0
 
 
@@ -312,6 +313,81 @@ def plain_ppo(name):
     return reevaluate if name == "o2o_ppo reevaluate" else iteration
 
 
+def lapo_rows():
+    """512 rows of an update, the noise of its codes, and the two critics of its target."""
+    rows = torch.cat([rows_and_noise(1)[0] for _ in range(2)])
+    return rows, torch.randn(2, len(rows), 2 * ACT), torch.tensor([1, 3])
+
+
+def plain_lapo():
+    value, latent, decoder, encoder = (
+        mlp(i, o, 3) for i, o in ((OBS, 1), (OBS, 2 * ACT), (OBS + 2 * ACT, ACT), (OBS + ACT, 4 * ACT))
+    )
+    critics = [mlp(OBS + ACT, 1, 3) for _ in range(5)]
+    pairs = [(net, deepcopy(net)) for net in (latent, decoder, *critics)]
+    latent_target, decoder_target, *targets = (slow for _, slow in pairs)
+    parts_of = [value.parameters(), latent.parameters(), [*encoder.parameters(), *decoder.parameters()]]
+    value_optimizer, latent_optimizer, autoencoder_optimizer = (torch.optim.Adam(part, 2e-4) for part in parts_of)
+    critic_optimizers = [torch.optim.Adam(critic.parameters(), 2e-4) for critic in critics]
+    rows, noise, pair = lapo_rows()
+
+    def step(optimizer, loss):
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def act(obs, net, noise):
+        return decoder_target(torch.cat([obs, (2 * torch.tanh(net(obs)) + noise).clamp(-2, 2)], -1))
+
+    def update(*_):
+        obs, action, reward, next_obs, terminated = parts(rows)
+        obs_action = torch.cat([obs, action], -1)
+        with torch.no_grad():
+            target = reward + 0.99 * (1 - terminated) * value(next_obs).squeeze(-1)
+
+            def q_of(obs, noise):
+                x = torch.cat([obs, act(obs, latent_target, noise)], -1)
+                return torch.min(*(targets[j](x).squeeze(-1) for j in pair))
+
+            q_now = q_of(obs, (0.1 * noise[0]).clamp(-0.2, 0.2))
+            q_next = q_of(next_obs, torch.zeros_like(noise[0]))
+            advantage = reward + 0.99 * (1 - terminated) * q_next - value(obs).squeeze(-1)
+            weight = torch.where(advantage > 0, 0.9, 0.1)
+        step(value_optimizer, F.mse_loss(value(obs).squeeze(-1), q_now.clamp(0, 100)))
+        for critic, optimizer in zip(critics, critic_optimizers, strict=True):
+            step(optimizer, F.mse_loss(critic(obs_action).squeeze(-1), target))
+        x = torch.cat([obs, act(obs, latent, 0.0)], -1)
+        step(latent_optimizer, -torch.stack([critic(x) for critic in critics]).mean())
+        mean, log_std = encoder(obs_action).chunk(2, -1)
+        log_std = log_std.clamp(-4, 15)
+        reconstruction = decoder(torch.cat([obs, mean + log_std.exp() * noise[1]], -1))
+        kl = -0.5 * (1 + 2 * log_std - mean**2 - (2 * log_std).exp()).sum(-1)
+        step(autoencoder_optimizer, (weight * (((reconstruction - action) ** 2).sum(-1) + kl)).mean())
+        for net, slow in pairs:
+            for parameter, slow_parameter in zip(net.parameters(), slow.parameters(), strict=True):
+                slow_parameter.data.copy_(0.005 * parameter.data + 0.995 * slow_parameter.data)
+
+    return update
+
+
+def plain_action(name):
+    layers = 3 if name == "o3f lapo action" else 2
+    critics, obs, noise = [mlp(OBS + ACT, 1, layers) for _ in range(5)], torch.randn(1, OBS), torch.randn(100, ACT)
+    latent, decoder, mean = mlp(OBS, 2 * ACT, 3), mlp(OBS + 2 * ACT, ACT, 3), mlp(OBS, ACT, 2)
+
+    @torch.no_grad()
+    def choose(*_):
+        if layers == 3:
+            action = decoder(torch.cat([obs, 2 * torch.tanh(latent(obs))], -1)).clamp(-1, 1)
+        else:
+            action = torch.distributions.Normal(torch.tanh(mean(obs)), 0.2).sample().clamp(-1, 1)
+        candidates = (action + 0.2 * noise).clamp(-1, 1)
+        q = torch.stack([critic(torch.cat([obs.expand(100, -1), candidates], -1)) for critic in critics])
+        return candidates[(q.mean(0) + q.std(0, correction=0)).argmax()]
+
+    return choose
+
+
 def plain_update(name):
     if "td3" in name:
         return plain_td3(name)
@@ -319,6 +395,10 @@ def plain_update(name):
         return plain_ppo(name)
     if name == "iql":
         return plain_iql()
+    if name == "lapo":
+        return plain_lapo()
+    if "action" in name:
+        return plain_action(name)
     makers = {"sac": plain_sac, "cql": plain_cql, "o2o_sac reevaluate": plain_reevaluate, "o2o_sac align": plain_align}
     return makers.get(name, lambda: plain_sac(3, layer_norm=True, constrained=True))()
 
@@ -371,6 +451,34 @@ def our_ppo(script, name, compiled, bf16):
     return (lambda *_: reevaluate(fit_rows, None)) if name == "o2o_ppo reevaluate" else iteration
 
 
+def lapo_nets(script, bf16):
+    stats, sizes = (torch.zeros(OBS), torch.ones(OBS)), (2 * ACT, [256] * 3)
+    sizes = stats, (torch.zeros(ACT), torch.ones(ACT)), *sizes
+    nets = {"encoder": script.Encoder(*sizes, bf16), "decoder": script.Decoder(*sizes, bf16)}
+    nets["policy"] = script.LatentPolicy(*sizes, 2.0, bf16)
+    nets["critics"] = script.Critics(*stats, ACT, [256] * 3, n=5, bf16=bf16)
+    nets |= {"latent_target": deepcopy(nets["policy"].latent), "targets": deepcopy(nets["critics"])}
+    return nets | {"value": script.Value(*stats, [256] * 3, nn.ReLU, bf16)}
+
+
+def our_lapo(script, compiled, bf16):
+    nets, batch = lapo_nets(script, bf16), lapo_rows()
+    update = script.make_lapo_update(script.Args(), nets, torch.tensor([0.0, 100.0]), OBS, ACT)[1]
+    update = script.compile_update(update, compiled, "cpu")
+    return lambda *_: update(*batch)
+
+
+def our_action(script, name, compiled, bf16):
+    stats, nets = (torch.zeros(OBS), torch.ones(OBS)), lapo_nets(script, bf16)
+    if name == "o3f iql action":
+        nets["policy"] = script.TanhGaussianActor(*stats, ACT, [256] * 2, 1.0, bf16)
+        nets["critics"] = script.Critics(*stats, ACT, [256] * 2, n=5, bf16=bf16)
+    args, obs = script.Args(base=name.split()[1]), torch.randn(1, OBS)
+    act = script.compile_update(script.make_act(args, nets), compiled, "cpu")
+    own, noise = torch.randn(1, ACT), torch.randn(args.num_candidates, ACT)
+    return lambda *_: act(obs, own, noise)
+
+
 def our_update(name, compiled, precision):
     script = importlib.import_module({"sac": "collect"}.get(name, name.split()[0]))
     stats, bf16 = (torch.zeros(OBS), torch.ones(OBS)), precision == "medium"
@@ -380,6 +488,10 @@ def our_update(name, compiled, precision):
         return our_iql(script, compiled, bf16)
     if "ppo" in name:
         return our_ppo(script, name, compiled, bf16)
+    if name == "lapo":
+        return our_lapo(script, compiled, bf16)
+    if "action" in name:
+        return our_action(script, name, compiled, bf16)
     if name == "sac":
         _, _, update = script.make_sac(OBS, ACT, "cpu", bf16)
         return script.compile_update(update, compiled, "cpu")
@@ -432,7 +544,8 @@ def main(threads):
         "# Updates per second",
         "",
         f"Made by `python results/speed.py {' '.join(map(str, threads))}` in one run; Hopper's sizes, random data,",
-        "batch 256 (O2PPO: 512 in stage 1, 128 in stage 2; an iteration is 10 epochs over 2,048). *Plain*: separate",
+        "batch 256 (LAPO: 512; O2PPO: 512 in stage 1, 128 in stage 2; an iteration is 10 epochs over 2,048; an action",
+        "of O3F is the best of 100 candidates by 5 critics). *Plain*: separate",
         "critics, torch.optim, `loss.backward()`, eager, float32. *Factor*: compiled with bf16 matmul against plain.",
         "",
         f"{platform.processor() or platform.machine()}, {platform.system()}, torch {torch.__version__}.",
