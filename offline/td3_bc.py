@@ -582,6 +582,17 @@ def pick_device(cuda):
 # end shared
 
 
+# shared: offline_summary
+def write_offline_summary(run, args, data_name, algorithm, status):
+    """summary.json from run.progress: at every evaluation with status `unfinished`, at the end `complete`."""
+    summary = {"env_id": args.env_id, "dataset": data_name, "algorithm": algorithm, "seed": args.seed, **run.progress}
+    summary |= {"wall_seconds": time.time() - run.started, "versions": versions(), "status": status}
+    write_json(summary, run.dir / "summary.json")
+
+
+# end shared
+
+
 def export(args, actor, data, step, score):
     """The checkpoint that fine-tuning loads: the policy alone, with the statistics that normalise its observations."""
     return {
@@ -607,7 +618,7 @@ def main(args: Args):
         raise UserError(f"{output} exists; pass --overwrite to replace it or --output to write elsewhere")
     device = pick_device(args.cuda)
     data = load_dataset(args.env_id, args.dataset)
-    run = Run(args, "td3_bc", {"step": 0, "score": None})
+    run = Run(args, "td3_bc", {"step": 0, "score": None, "scores": [], "updates_per_second": None})
     obs_dim, act_dim, rows = data.obs_dim, data.act_dim, data.rows.to(device)
     stats = data.rows[:, :obs_dim].mean(0), data.rows[:, :obs_dim].std(0) + 1e-3
     envs = [data.make_env() for _ in range(args.eval_episodes)]
@@ -636,11 +647,14 @@ def main(args: Args):
         values["score"] = float(normalized_score(args.env_id, mean_return))
         run.log("offline", step, values)
         print(f"td3_bc {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()), flush=True)
-        run.progress |= {"step": step, "score": values["score"]}
+        run.progress |= {"step": step} | {key: values[key] for key in ("score", "updates_per_second")}
+        run.progress["scores"].append([step, values["score"]])
         save_file(export(args, actor, data, step, values["score"]), run.dir / "model.pt")
         run.save()
+        write_offline_summary(run, args, data.name, "td3_bc", "unfinished")
         clock, counted = time.time(), 0
     save_file(export(args, actor, data, run.progress["step"], run.progress["score"]), output)
+    write_offline_summary(run, args, data.name, "td3_bc", "complete")
     print(f"{output}: {run.progress['step']} updates, score {run.progress['score']:.1f}")
 
 

@@ -1,0 +1,319 @@
+"""Every command behind the published numbers, and a runner for them: on this machine, on Ray or on Slurm.
+
+    ./benchmark.sh --list                                    # print the commands and their number, run nothing
+    ./benchmark.sh --script o2o_td3 --seed 1 2 --workers 2   # run a part of them, two at once
+    ./benchmark.sh --pretrain --task walker2d-medium-v2      # pre-train a policy for each seed, then fine-tune it
+    ./benchmark.sh --engine ray --cuda --gpus 0.25           # on the Ray cluster at RAY_ADDRESS
+    ./benchmark.sh --engine slurm                            # as one array job
+
+A run is a folder RESULTS/<script>/<task>/<variant>/<seed>. One whose summary.json says `complete` is skipped, one that
+was cut off is resumed, so the same command goes on after any interruption. `python results/report.py RESULTS` makes the
+tables.
+"""
+
+import fcntl
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+HOPPER = "hopper-medium-v2"
+FAST = "--matmul-precision medium"  # bf16 products: the published runs, except those of the default commands
+# What the published runs used, and the papers' budgets (--paper)
+SAC = "--reevaluation-steps 100000 --alignment-steps 15000 --eval-every 500 --eval-every-updates 2500"
+TD3 = "--reevaluation-steps 100000 --alignment-steps 50000 --eval-every 1000 --eval-every-updates 5000"
+PPO = "--reevaluation-steps 50000 --online-steps 250000 --eval-every 2500 --eval-every-updates 5000"
+LAPO, IQL = "--online-steps 1250 --eval-every 125", "--online-steps 50000 --eval-every 1000"
+PAPER = {
+    "o2o_sac": "--reevaluation-steps 500000 --alignment-steps 500000 --online-steps 100000",
+    "o2o_td3": "--reevaluation-steps 500000 --alignment-steps 500000 --online-steps 100000",
+    "o2o_ppo": "--reevaluation-steps 1000000 --online-steps 250000",
+    "o3f": "--online-steps 100000 --eval-every 1000",
+}
+ABLATIONS = {"full": "", "no-reevaluate": "--no-reevaluate", "no-align": "--no-align", "no-constrain": "--no-constrain"}
+OPTIMISM = {"": "", "-omega-1": "--omega 1", "-noise": "--no-optimism"}
+EXPERIMENTS = {  # script: {variant: flags}
+    "o2o_sac": {
+        **{variant: f"{SAC} --online-steps 4000 {FAST} {flag}" for variant, flag in ABLATIONS.items()},
+        "full-8000": f"{SAC} --online-steps 8000 {FAST}",
+    },
+    "o2o_td3": {variant: f"{TD3} --online-steps 50000 {FAST} {flag}" for variant, flag in ABLATIONS.items()},
+    "o2o_ppo": {
+        **{variant: f"{PPO} {FAST} {ABLATIONS[variant]}" for variant in ("full", "no-reevaluate", "no-align")},
+        "naive": f"{PPO} {FAST} --no-reevaluate --no-align",
+    },
+    "o3f": {
+        **{f"lapo{name}": f"--base lapo {LAPO} {FAST} {flag}" for name, flag in OPTIMISM.items()},
+        **{f"iql{name}": f"--base iql {IQL} {FAST} {flag}" for name, flag in OPTIMISM.items()},
+    },
+}
+# One seed each, on hopper-medium-v2: the default commands as they stand, and how budget and alpha change alignment
+DEFAULTS = {
+    "o2o_sac": f"{SAC} --online-steps 15000 --eval-every 1000 --eval-every-updates 5000",
+    "o2o_td3": f"{TD3} --online-steps 50000",
+    "o2o_ppo": PPO,
+    "o3f": f"--base lapo {LAPO}",
+}
+STUDIES = {
+    f"alignment-{n}": f"{SAC} --alignment-steps {n} --online-steps 4000 {FAST}"
+    for n in (25_000, 50_000, 100_000, 200_000)
+}
+STUDIES |= {f"alpha-{a}": f"{SAC} --online-steps 0 {FAST} --alpha {a}" for a in (0.05, 0.1, 0.2, 0.5, 1.0)}
+PRETRAINING = {  # the offline algorithm that a fine-tuning run starts from: script, published budget
+    "cql": ("cql", "--updates 100000"),
+    "td3_bc": ("td3_bc", "--updates 200000"),
+    "iql": ("iql", "--updates 200000"),
+    "iql_5": ("iql", "--updates 200000 --num-critics 5"),
+    "lapo": ("lapo", "--updates 100000"),
+}
+
+
+@dataclass
+class Args:
+    list: bool = False  # print the commands and their number, run nothing
+    script: tuple[Literal["o2o_sac", "o2o_td3", "o2o_ppo", "o3f"], ...] = ()  # only these; none named: all
+    task: tuple[str, ...] = (HOPPER,)  # on these tasks
+    variant: tuple[str, ...] = ()  # only these: full, no-align, ... as --list shows them
+    seed: tuple[int, ...] = (1, 2, 3, 4, 5)  # these seeds
+    paper: bool = False  # the papers' budgets instead of the published ones
+    pretrain: bool = False  # pre-train an offline policy for each seed first, instead of taking the shipped one
+    results: Path = Path("runs/benchmark")  # folder of all runs; on a cluster one that every node sees
+    cuda: bool = False  # pass --cuda to every run
+    flags: str = ""  # more flags for every fine-tuning run: --flags="--online-steps 1000"
+    offline_flags: str = ""  # more flags for every pre-training run
+    engine: Literal["local", "ray", "slurm"] = "local"  # where the runs take place
+    workers: int = 1  # local: runs at once, one thread each
+    cpus: int = 1  # Ray: CPUs that a run takes
+    gpus: float = 0.0  # Ray: fraction of a GPU that a run takes
+    index: int | None = None  # run this command of the list alone, counted from 0; the clusters use it
+
+
+class Job(NamedTuple):
+    """One run: the command is `python script --env-id task --seed seed flags`, plus its folder and its policy."""
+
+    script: str  # path from the root
+    task: str
+    variant: str
+    seed: int
+    flags: tuple[str, ...]
+    policy: "Job | None" = None  # the pre-training run whose policy.pt it starts from; None: the shipped one
+
+    def folder(self, results):
+        return results / Path(self.script).stem / self.task / self.variant / str(self.seed)
+
+    def complete(self, results):
+        try:
+            return json.loads((self.folder(results) / "summary.json").read_text())["status"] == "complete"
+        except FileNotFoundError:
+            return False
+
+    def command(self, results):
+        folder = self.folder(results)
+        files = ["--run-dir", str(folder)]
+        if self.script.startswith("offline/"):
+            files += ["--output", str(folder / "policy.pt"), "--overwrite"]
+        if self.policy:
+            files += ["--checkpoint", str(self.policy.folder(results) / "policy.pt")]
+        return ["python", self.script, "--env-id", self.task, "--seed", str(self.seed), *self.flags, *files]
+
+    def __str__(self):
+        return f"{Path(self.script).stem} {self.task} {self.variant} {self.seed}"
+
+
+def base_of(script, variant):
+    """The entry of PRETRAINING that a run starts from."""
+    bases = {"o2o_sac": "cql", "o2o_td3": "td3_bc", "o2o_ppo": "iql"}
+    return bases.get(script) or ("iql_5" if variant.startswith("iql") else "lapo")
+
+
+def all_jobs(args):
+    """The list, in a fixed order: pre-training first, then fine-tuning."""
+    cuda, fine_tuning, pretraining = ["--cuda"] * args.cuda, [], {}
+
+    def add(script, task, variant, seed, flags):
+        if (args.script and script not in args.script) or (args.variant and variant not in args.variant):
+            return
+        words = [*flags.split(), *(PAPER[script].split() if args.paper else ()), *cuda, *shlex.split(args.flags)]
+        policy, base = None, base_of(script, variant)
+        if args.pretrain:
+            name, budget = PRETRAINING[base]
+            offline = [*budget.split(), *FAST.split(), *(["--updates", "1000000"] if args.paper else ()), *cuda]
+            offline += shlex.split(args.offline_flags)
+            policy = Job(f"offline/{name}.py", task, base, seed, last_of_each(offline))
+            pretraining[policy] = None  # a dict keeps the order and drops what several variants share
+        fine_tuning.append(Job(f"{script}.py", task, variant, seed, last_of_each(words), policy))
+
+    for script, variants in EXPERIMENTS.items():
+        for task in args.task:
+            for variant, flags in variants.items():
+                for seed in args.seed:
+                    add(script, task, variant, seed, flags)
+        if HOPPER in args.task and 1 in args.seed and not args.paper:
+            add(script, HOPPER, "default", 1, DEFAULTS[script])
+            for variant, flags in STUDIES.items() if script == "o2o_sac" else ():
+                add(script, HOPPER, variant, 1, flags)
+    return [*pretraining, *fine_tuning]
+
+
+def last_of_each(words):
+    """Flags without those that a later one overrides, so that the printed command says each thing once."""
+    flags, groups = [], {}
+    for word in words:
+        if word.startswith("--"):
+            flags = groups[word] = []
+            continue
+        flags.append(word)
+    return tuple(word for flag, values in groups.items() for word in (flag, *values))
+
+
+@contextmanager
+def locked(path):
+    """Waits for whoever holds the lock of this file, on this machine or on another that shares the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def call(command, log):
+    """Runs a command of the list with its output in `log`. -> its exit code. It ends with whoever called it."""
+    keeper = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
+    environment = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", **os.environ}
+    with open(log, "a") as file:
+        print(shlex.join(command), file=file, flush=True)
+        words = [*keeper, sys.executable, *command[1:]]
+        return subprocess.run(words, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
+
+
+def run_job(job, results):
+    """Runs or resumes one run, after its dataset was made if there is none. -> whether it is complete."""
+    from minari.storage.datasets_root_dir import get_dataset_path
+
+    folder, start = job.folder(results), time.time()
+    with locked(folder / ".lock"):
+        if job.complete(results):
+            print(f"{job}: complete already", flush=True)
+            return True
+        log, data = folder / "log.txt", get_dataset_path(f"o2o/{job.task}")
+        if "--dataset" not in job.flags:
+            with locked(data.parent / f".{job.task}.lock"):
+                if not data.exists() and call(["python", "offline/collect.py", "--env-id", job.task], log):
+                    print(f"{job}: FAILED, no dataset; see {log}", flush=True)
+                    return False
+        started = (folder / "args.json").exists()
+        code = call(["python", job.script, "--resume", str(folder)] if started else job.command(results), log)
+        outcome = "complete" if not code and job.complete(results) else f"FAILED with exit code {code}; see {log}"
+        print(f"{job}: {outcome}, {(time.time() - start) / 60:.1f} min", flush=True)
+        return outcome == "complete"
+
+
+def run_local(jobs, args):
+    """-> {job: whether it is complete}. A job waits for its policy, which stands before it in the queue."""
+    futures = {}
+
+    def work(job):
+        if job.policy in futures and not futures[job.policy].result():
+            print(f"{job}: FAILED, its offline policy did", flush=True)
+            return False
+        return run_job(job, args.results)
+
+    with ThreadPoolExecutor(args.workers) as pool:
+        try:
+            for job in jobs:
+                futures[job] = pool.submit(work, job)
+            return {job: future.result() for job, future in futures.items()}
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def run_ray(jobs, args):
+    """The same on a Ray cluster: each job is a task that runs command number i of the list in a copy of this folder. A
+    task whose node dies is tried again elsewhere, and resumes the run."""
+    import ray
+
+    code = {"working_dir": str(ROOT), "excludes": ["/.git", "/runs", "/wandb", "*.resume.pt"]}
+    shared = {key: os.environ[key] for key in ("MINARI_DATASETS_PATH", "WANDB_API_KEY") if key in os.environ}
+    ray.init(runtime_env={**code, "env_vars": shared})
+
+    @ray.remote(num_cpus=args.cpus, num_gpus=args.gpus, max_retries=-1)
+    def remote(words, *policy):
+        if not all(policy):
+            return False
+        keeper = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
+        return subprocess.run([*keeper, sys.executable, "results/benchmark.py", *words]).returncode == 0
+
+    everything, futures = all_jobs(args), {}
+    for job in jobs:
+        needs = [futures[job.policy]] if job.policy in futures else []
+        futures[job] = remote.remote(again(args, everything.index(job)), *needs)
+    return {job: ray.get(future) for job, future in futures.items()}
+
+
+def run_slurm(jobs, args):
+    """Submits results/slurm.sh as an array job over the incomplete commands of the list, pre-training first. sbatch
+    answers with the id of the job; squeue and the logs tell the rest."""
+    everything, after = all_jobs(args), []
+    for offline in (True, False):
+        stage = [everything.index(job) for job in jobs if job.script.startswith("offline/") == offline]
+        if not stage:
+            continue
+        array = ",".join(map(str, stage))
+        words = ["sbatch", "--parsable", f"--array={array}", *after, "results/slurm.sh", *again(args)]
+        identity = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+        after = [f"--dependency=afterok:{identity.split(';')[0]}"]
+        print(f"{identity}: {len(stage)} runs")
+
+
+def again(args, index=None):
+    """The flags that make the same list elsewhere, and choose command `index` of it."""
+    words = ["--results", str(args.results.resolve()), f"--flags={args.flags}", f"--offline-flags={args.offline_flags}"]
+    for key in ("script", "task", "variant", "seed"):
+        values = getattr(args, key)
+        words += [f"--{key}", *map(str, values)] if values else []
+    words += [f"--{key}" for key in ("paper", "pretrain", "cuda") if getattr(args, key)]
+    return words + (["--index", str(index)] if index is not None else [])
+
+
+def main(args: Args):
+    results = args.results.resolve()
+    os.chdir(ROOT)  # where the commands are run; no path in what they write depends on where that is
+    args.results = results.relative_to(ROOT) if results.is_relative_to(ROOT) else results
+    jobs = all_jobs(args)
+    if args.index is not None:
+        jobs = [jobs[args.index]]
+    if not jobs:
+        sys.exit("error: no command of the list has this script, task, variant and seed; see ./benchmark.sh --list")
+    complete = sum(job.complete(args.results) for job in jobs)
+    if args.list:
+        for job in jobs:
+            print(shlex.join(job.command(args.results)))
+        print(f"# {len(jobs)} commands, {complete} of them complete in {args.results}")
+        return
+    if args.index is None:
+        print(f"{len(jobs)} runs in {args.results}, {complete} of them complete already", flush=True)
+        jobs = [job for job in jobs if not job.complete(args.results)]
+    if args.engine == "slurm":
+        return run_slurm(jobs, args)
+    outcome = run_ray(jobs, args) if args.engine == "ray" else run_local(jobs, args)
+    failed = [str(job) for job, good in outcome.items() if not good]
+    if failed:
+        sys.exit(f"error: {len(failed)} of {len(outcome)} runs failed: " + "; ".join(failed))
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__.splitlines()[0]))
+    except KeyboardInterrupt:
+        sys.exit(130)
