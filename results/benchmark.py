@@ -243,7 +243,7 @@ def run_ray(jobs, args):
     task whose node dies is tried again elsewhere, and resumes the run."""
     import ray
 
-    code = {"working_dir": str(ROOT), "excludes": ["/.git", "/runs", "/wandb", "*.resume.pt"]}
+    code = {"working_dir": str(ROOT), "excludes": ["/.git", ".*_cache", "/runs", "/tests", "/wandb"]}
     shared = {key: os.environ[key] for key in ("MINARI_DATASETS_PATH", "WANDB_API_KEY") if key in os.environ}
     ray.init(runtime_env={**code, "env_vars": shared})
 

@@ -1,0 +1,220 @@
+"""The list of commands, and the runner: it skips, resumes, names what failed, and survives the loss of a node."""
+
+import importlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import tyro
+from conftest import ROOT, TASK
+
+sys.path.insert(0, str(ROOT / "results"))
+import benchmark  # noqa: E402
+
+TINY = "--reevaluation-steps 4 --alignment-steps 4 --online-steps 8 --warm-up 4 --eval-every 4 --eval-every-updates 2"
+TINY += " --eval-episodes 1 --batch-size 16 --no-compile"
+OFFLINE = "--updates 4 --eval-every 2 --eval-episodes 1 --batch-size 16 --no-compile"
+
+
+def run(*words, expect=0, **environment):
+    """`./benchmark.sh words` with this interpreter. -> what it printed."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        [str(ROOT / "benchmark.sh"), *map(str, words)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": path, **environment},
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def commands(log):
+    return [shlex.split(line) for line in log.read_text().splitlines() if line.startswith("python ")]
+
+
+@pytest.mark.parametrize("options", [(), ("--paper",), ("--pretrain", "--task", "walker2d-expert-v2")], ids=len)
+def test_every_command_of_the_list_parses(options):
+    *lines, total = run("--list", *options).splitlines()
+    assert total.startswith(f"# {len(lines)} commands, 0 of them complete") and len(lines) > 50
+    assert len(set(lines)) == len(lines)
+    for line in lines:
+        python, script, *argv = shlex.split(line)
+        assert python == "python" and (ROOT / script).exists()
+        tyro.cli(importlib.import_module(Path(script).stem).Args, args=argv)
+
+
+def test_filters():
+    lines = run("--list", "--script", "o2o_td3", "o2o_ppo", "--variant", "full", "no-constrain", "--seed", 2, 7)
+    names = [line.split("--run-dir ")[1] for line in lines.splitlines() if line.startswith("python")]
+    expected = [("o2o_td3", "full"), ("o2o_td3", "no-constrain"), ("o2o_ppo", "full")]
+    assert names == [f"runs/benchmark/{s}/{TASK}/{v}/{seed}" for s, v in expected for seed in (2, 7)]
+    assert "no command" in run("--script", "o2o_ppo", "--variant", "no-constrain", expect=1)
+
+
+def test_published_runs_used_the_listed_flags():
+    """What stands in results/ was made with the settings that the list names."""
+    jobs, found = benchmark.all_jobs(benchmark.Args()), 0
+    for job in jobs:
+        path = job.folder(ROOT / "results") / "args.json"
+        if not path.exists():
+            continue
+        module = importlib.import_module(Path(job.script).stem)
+        listed = tyro.cli(module.Args, args=["--env-id", job.task, "--seed", str(job.seed), *job.flags])
+        published = json.loads(path.read_text())
+        named = {
+            word.removeprefix("--").removeprefix("no-").replace("-", "_") for word in job.flags if word[:2] == "--"
+        }
+        for key in named | {"seed", "env_id"}:
+            assert published[key] == getattr(listed, key), f"{path}: {key}"
+        switches = {key for key in ("reevaluate", "align", "constrain", "optimism") if published.get(key) is False}
+        assert switches <= named, f"{path}: {switches}"
+        found += 1
+    assert found >= 39
+    assert found == len(list((ROOT / "results").glob("*/*/*/*/args.json")))
+
+
+def test_pretrains_for_each_seed_skips_what_is_complete_and_resumes_what_was_cut_off(tmp_path):
+    words = ("--script", "o2o_td3", "--variant", "full", "--seed", 1, 2, "--pretrain", "--workers", 2)
+    words += (f"--flags={TINY}", f"--offline-flags={OFFLINE}", "--results", tmp_path)
+    run(*words)
+    folder = tmp_path / "o2o_td3" / TASK / "full" / "2"
+    args = json.loads((folder / "args.json").read_text())
+    assert args["checkpoint"] == str(tmp_path / "td3_bc" / TASK / "td3_bc" / "2" / "policy.pt")
+    whole = (folder / "metrics.jsonl").read_text()
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps({**summary, "status": "interrupted"}))
+    text = run(*words)
+    assert "4 runs" in text and "3 of them complete already" in text
+    first, second = commands(folder / "log.txt")
+    assert "--resume" not in first and second[2:] == ["--resume", str(folder)]
+    assert (folder / "metrics.jsonl").read_text() == whole
+    assert len(commands(tmp_path / "o2o_td3" / TASK / "full" / "1" / "log.txt")) == 1
+    assert "4 of them complete already" in run(*words)
+
+
+def test_a_run_that_fails_is_named(tmp_path):
+    words = ("--script", "o2o_td3", "--variant", "full", "no-align", "--seed", 1, "--results", tmp_path)
+    text = run(*words, f"--flags={TINY} --offline-data nothing", expect=1)
+    assert "2 of 2 runs failed: o2o_td3 hopper-medium-v2 full 1; o2o_td3 hopper-medium-v2 no-align 1" in text
+    text = run(*words, "--pretrain", f"--flags={TINY}", f"--offline-flags={OFFLINE} --tau none", expect=1)
+    assert "its offline policy did" in text and "3 of 3 runs failed" in text
+
+
+def test_slurm_submits_arrays_whose_tasks_run_the_list(tmp_path):
+    subprocess.run(["bash", "-n", ROOT / "results/slurm.sh"], check=True)
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> {tmp_path}/calls\necho "77;cluster"\n')
+    sbatch.chmod(0o755)
+    words = ("--script", "o2o_td3", "--variant", "full", "--seed", 1, 2, "--pretrain", "--results", tmp_path / "runs")
+    words += (f"--flags={TINY}", f"--offline-flags={OFFLINE}")
+    run(
+        *words,
+        "--engine",
+        "slurm",
+        PATH=f"{sbatch.parent}{os.pathsep}{Path(sys.executable).parent}:{os.environ['PATH']}",
+    )
+    offline, online = [line.split(" results/slurm.sh ") for line in (tmp_path / "calls").read_text().splitlines()]
+    assert offline[0] == "--parsable --array=0,1"
+    assert online[0] == "--parsable --array=2,3 --dependency=afterok:77"
+    # what the cluster would do with the second task of each array; the flags reach the script as they were given
+    job = benchmark.all_jobs(benchmark.Args(script=("o2o_td3",), variant=("full",), seed=(1, 2), pretrain=True))[3]
+    passed = benchmark.again(
+        benchmark.Args(
+            script=("o2o_td3",),
+            variant=("full",),
+            seed=(1, 2),
+            pretrain=True,
+            results=tmp_path / "runs",
+            flags=TINY,
+            offline_flags=OFFLINE,
+        )
+    )
+    assert online[1] == " ".join(passed)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    for index in ("1", "3"):
+        environment = {**os.environ, "PATH": path, "SLURM_ARRAY_TASK_ID": index}
+        subprocess.run(["bash", "results/slurm.sh", *passed], cwd=ROOT, env=environment, check=True)
+    assert job.complete(tmp_path / "runs")
+    assert not (tmp_path / "runs/o2o_td3" / TASK / "full" / "1").exists()
+
+
+def descendants(pid):
+    """{pid: command line} of everything that this process started."""
+    parents, lines = {}, {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(path.name)] = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            lines[int(path.name)] = (path / "cmdline").read_text().replace("\0", " ")
+        except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            continue
+    family = {pid}
+    while grown := {child for child, parent in parents.items() if parent in family} - family:
+        family |= grown
+    return {child: lines[child] for child in family - {pid}}
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for the processes of a node under /proc")
+def test_ray_goes_on_after_a_node_was_killed(tmp_path):
+    """Two nodes of one CPU each, eight runs. The second node dies in the middle of a run; all runs are complete in the
+    end, that one by --resume on the first node."""
+    pytest.importorskip("ray", reason="needs requirements-cluster.txt")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    sockets = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # the paths of Unix sockets must be short
+    environment = {**os.environ, "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    start = [Path(sys.executable).parent / "ray", "start", "--num-cpus=1", "--block"]
+    head = [*start, "--head", f"--port={address.split(':')[1]}", f"--temp-dir={sockets}", "--include-dashboard=false"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
+    nodes = [subprocess.Popen(head, **quiet)]
+    try:
+        limit = time.time() + 60
+        while subprocess.run([start[0], "status", "--address", address], **quiet).returncode:
+            assert time.time() < limit, "Ray did not start"
+            time.sleep(0.5)
+        nodes.append(subprocess.Popen([*start, f"--address={address}"], **quiet))
+        long = f"{TINY} --online-steps 600 --eval-every 100"
+        words = ["--script", "o2o_td3", "--variant", "full", "no-align", "--seed", "1", "2", "3", "4"]
+        words = [sys.executable, "results/benchmark.py", *words, "--engine", "ray", "--results", str(tmp_path)]
+        log = open(tmp_path / "driver.txt", "w")
+        environment |= {"RAY_ADDRESS": address}
+        driver = subprocess.Popen(
+            [*words, f"--flags={long}"], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
+        victim, limit = None, time.time() + 300
+        while victim is None:
+            assert time.time() < limit and driver.poll() is None, (tmp_path / "driver.txt").read_text()
+            time.sleep(0.1)
+            for line in descendants(nodes[1].pid).values():
+                folder = Path(line.split("--run-dir ")[1].split()[0]) if "o2o_td3.py" in line else None
+                if folder and (folder / "resume.pt").exists() and not (folder / "summary.json").exists():
+                    victim = folder
+        raylets = [pid for pid, line in descendants(nodes[1].pid).items() if "raylet/raylet" in line]
+        assert len(raylets) == 1
+        os.kill(raylets[0], signal.SIGKILL)
+        assert driver.wait(400) == 0, (tmp_path / "driver.txt").read_text()
+    finally:
+        for node in reversed(nodes):
+            node.terminate()
+        for node in nodes:
+            node.wait(30)
+        shutil.rmtree(sockets, ignore_errors=True)
+    first, *later = commands(victim / "log.txt")
+    assert "--resume" not in first and later and all("--resume" in command for command in later)
+    folders = sorted(tmp_path.glob(f"o2o_td3/{TASK}/*/*"))
+    assert len(folders) == 8
+    for folder in folders:
+        summary = json.loads((folder / "summary.json").read_text())
+        steps = [step for step, _ in summary["scores"]]
+        assert summary["status"] == "complete" and steps == list(range(100, 601, 100))
