@@ -40,6 +40,7 @@ PAPER = {
     "o2o_td3": "--reevaluation-steps 500000 --alignment-steps 500000 --online-steps 100000",
     "o2o_ppo": "--reevaluation-steps 1000000 --online-steps 250000",
     "o3f": "--online-steps 100000 --eval-every 1000",
+    "critics": "--reevaluation-steps 500000 --alignment-steps 500000",
 }
 ABLATIONS = {"full": "", "no-reevaluate": "--no-reevaluate", "no-align": "--no-align", "no-constrain": "--no-constrain"}
 OPTIMISM = {"": "", "-omega-1": "--omega 1", "-noise": "--no-optimism"}
@@ -58,6 +59,9 @@ EXPERIMENTS = {  # script: {variant: flags}
         **{f"iql{name}": f"--base iql {IQL} {FAST} {flag}" for name, flag in OPTIMISM.items()},
     },
 }
+EXPERIMENTS["critics"] = {
+    "study": f"{SAC} --eval-every-updates 1000 {FAST}"
+}  # fixed, iterated, aligned: results/critics.py
 # One seed each, on hopper-medium-v2: the default commands as they stand, and how budget and alpha change alignment
 DEFAULTS = {
     "o2o_sac": f"{SAC} --online-steps 15000 --eval-every 1000 --eval-every-updates 5000",
@@ -82,7 +86,7 @@ PRETRAINING = {  # the offline algorithm that a fine-tuning run starts from: scr
 @dataclass
 class Args:
     list: bool = False  # print the commands and their number, run nothing
-    script: tuple[Literal["o2o_sac", "o2o_td3", "o2o_ppo", "o3f"], ...] = ()  # only these; none named: all
+    script: tuple[Literal["o2o_sac", "o2o_td3", "o2o_ppo", "o3f", "critics"], ...] = ()  # only these; none named: all
     task: tuple[str, ...] = (HOPPER,)  # on these tasks
     variant: tuple[str, ...] = ()  # only these: full, no-align, ... as --list shows them
     seed: tuple[int, ...] = (1, 2, 3, 4, 5)  # these seeds
@@ -133,7 +137,7 @@ class Job(NamedTuple):
 
 def base_of(script, variant):
     """The entry of PRETRAINING that a run starts from."""
-    bases = {"o2o_sac": "cql", "o2o_td3": "td3_bc", "o2o_ppo": "iql"}
+    bases = {"o2o_sac": "cql", "critics": "cql", "o2o_td3": "td3_bc", "o2o_ppo": "iql"}
     return bases.get(script) or ("iql_5" if variant.startswith("iql") else "lapo")
 
 
@@ -152,7 +156,8 @@ def all_jobs(args):
             offline += shlex.split(args.offline_flags)
             policy = Job(f"offline/{name}.py", task, base, seed, last_of_each(offline))
             pretraining[policy] = None  # a dict keeps the order and drops what several variants share
-        fine_tuning.append(Job(f"{script}.py", task, variant, seed, last_of_each(words), policy))
+        path = "results/critics.py" if script == "critics" else f"{script}.py"
+        fine_tuning.append(Job(path, task, variant, seed, last_of_each(words), policy))
 
     for script, variants in EXPERIMENTS.items():
         for task in args.task:
@@ -160,7 +165,8 @@ def all_jobs(args):
                 for seed in args.seed:
                     add(script, task, variant, seed, flags)
         if HOPPER in args.task and 1 in args.seed and not args.paper:
-            add(script, HOPPER, "default", 1, DEFAULTS[script])
+            if script in DEFAULTS:
+                add(script, HOPPER, "default", 1, DEFAULTS[script])
             for variant, flags in STUDIES.items() if script == "o2o_sac" else ():
                 add(script, HOPPER, variant, 1, flags)
     return [*pretraining, *fine_tuning]
@@ -239,20 +245,21 @@ def run_local(jobs, args):
 
 
 def run_ray(jobs, args):
-    """The same on a Ray cluster: each job is a task that runs command number i of the list in a copy of this folder. A
-    task whose node dies is tried again elsewhere, and resumes the run."""
+    """The same on a Ray cluster: each job is a task that runs command number i of the list, in the copy of this project
+    that `ray job submit --working-dir .` made on the node, else in this folder, which every node must see. A task whose
+    node dies is tried again elsewhere, and resumes the run."""
     import ray
 
-    code = {"working_dir": str(ROOT), "excludes": ["/.git", ".*_cache", "/runs", "/tests", "/wandb"]}
-    shared = {key: os.environ[key] for key in ("MINARI_DATASETS_PATH", "WANDB_API_KEY") if key in os.environ}
-    ray.init(runtime_env={**code, "env_vars": shared})
+    passed = {key: os.environ[key] for key in ("MINARI_DATASETS_PATH", "WANDB_API_KEY") if key in os.environ}
+    ray.init(runtime_env={"env_vars": passed})
 
     @ray.remote(num_cpus=args.cpus, num_gpus=args.gpus, max_retries=-1)
     def remote(words, *policy):
         if not all(policy):
             return False
         keeper = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
-        return subprocess.run([*keeper, sys.executable, "results/benchmark.py", *words]).returncode == 0
+        folder = Path.cwd() if Path("results/benchmark.py").exists() else ROOT
+        return subprocess.run([*keeper, sys.executable, "results/benchmark.py", *words], cwd=folder).returncode == 0
 
     everything, futures = all_jobs(args), {}
     for job in jobs:

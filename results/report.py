@@ -1,96 +1,336 @@
-"""Tables and figures of the README from the runs under results/.
+"""From run folders to results/*.csv, the tables in README.md, and the figures. The same runs give the same bytes.
 
-    python results/report.py  # rewrites the table between the markers in README.md, and results/<script>.png
+    python results/report.py                 # from results/: rewrites what is committed
+    python results/report.py runs/benchmark  # from runs of your own: writes there, README.md too, as a copy
 
-A run is a folder results/<script>/<variant>/<seed>/ with the summary.json and metrics.jsonl of its run folder.
+A run is a folder <script>/<task>/<variant>/<seed>/ with the summary.json and metrics.jsonl of its run folder. Numbers
+over seeds are interquartile means with 95 % bootstrap intervals, stratified by task where several are taken together.
 """
 
+import csv
 import json
 import re
+import sys
 from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from scipy import stats
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-RESULTS = Path(__file__).resolve().parent
-TITLES = {
+ROOT = Path(__file__).resolve().parents[1]
+ABLATIONS = {
     "full": "full method",
     "no-reevaluate": "no re-evaluation",
     "no-align": "no alignment",
     "no-constrain": "no constraint",
     "naive": "neither",
-    "full-8000": "full method, 8,000 steps",
 }
+GROUPS = {  # table -> its script, and the title of each variant in it; the first is the method itself
+    "o2o_sac": ("o2o_sac", {**ABLATIONS, "full-8000": "full method, 8,000 steps"}),
+    "o2o_td3": ("o2o_td3", ABLATIONS),
+    "o2o_ppo": ("o2o_ppo", ABLATIONS),
+    "o3f_iql": ("o3f", {"iql": "O3F, ω = 0", "iql-omega-1": "O3F, ω = 1", "iql-noise": "action noise"}),
+    "o3f_lapo": ("o3f", {"lapo": "O3F, ω = 0", "lapo-omega-1": "O3F, ω = 1", "lapo-noise": "action noise"}),
+    "alignment": ("o2o_sac", {f"alignment-{n}": f"{n:,} updates" for n in (25_000, 50_000, 100_000, 200_000)}),
+}
+METHODS = {
+    "o2o_sac": "O2SAC",
+    "o2o_td3": "O2TD3",
+    "o2o_ppo": "O2PPO",
+    "o3f_iql": "O3F on IQL",
+    "o3f_lapo": "O3F on LAPO",
+}
+CRITICS = {"fixed": "re-evaluated, fixed", "iterated": "re-evaluated, iterated", "aligned": "aligned"}
+COLUMNS = ["offline", "aligned", "initial_drop", "lowest", "auc", "final", "best"]
+HEADINGS = ["offline", "aligned", "initial drop", "lowest online", "mean online", "last 5 evaluations"]  # the first six
 
 
-def load(script):
-    """-> {variant: [(summary, metrics rows)]}, seeds in order; only complete runs."""
-    runs = defaultdict(list)
-    for path in sorted(RESULTS.glob(f"{script}/*/*/summary.json")):
+def load(results):
+    """-> one dictionary a complete run: script, task, variant, seed, the COLUMNS (None where a run has no such number),
+    and `curve`, a list of (stage, step, score). Ordered by the first four."""
+    runs = []
+    for path in results.glob("*/*/*/*/summary.json"):
+        script, task, variant, seed = path.parts[-5:-1]
         summary = json.loads(path.read_text())
+        if summary["status"] != "complete" or "initial_drop" not in summary:
+            continue  # cut off, or pre-training
         rows = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
-        assert summary["status"] == "complete", path
-        runs[path.parent.parent.name].append((summary, rows))
-    return {variant: runs[variant] for variant in TITLES if variant in runs}
+        curve = [(row["stage"], row["step"], row.get(f"{row['stage']}/score")) for row in rows]
+        keys = {"offline": "offline_score", "aligned": "aligned_score", "final": "final_score", "best": "best_score"}
+        run = {"script": script, "task": task, "variant": variant, "seed": int(seed)}
+        run |= {column: summary[keys.get(column, column)] for column in COLUMNS if column != "lowest"}
+        run |= {"lowest": min((score for _, score in summary["scores"]), default=None)}
+        run |= {key: summary[key] for key in ("online_steps", "selection_steps")}
+        runs.append(run | {"curve": [point for point in curve if point[2] is not None]})
+    return sorted(runs, key=lambda run: [run[key] for key in ("script", "task", "variant", "seed")])
 
 
-def mean_of(values):
-    values = [value for value in values if value is not None]
-    return f"{np.mean(values):.1f} ± {np.std(values):.1f}" if values else "–"
+def chosen(runs, group):
+    """-> {task: {variant: its runs}} of the runs that belong to a table."""
+    script, titles = GROUPS[group]
+    tasks = {}
+    for task in sorted({run["task"] for run in runs if run["script"] == script}):
+        found = {v: [r for r in runs if (r["script"], r["task"], r["variant"]) == (script, task, v)] for v in titles}
+        if any(found.values()):
+            tasks[task] = {variant: group for variant, group in found.items() if group}
+    return tasks
 
 
-def table(runs):
-    columns = ("variant", "seeds", "offline", "aligned", "initial drop", "lowest online", "mean online")
-    columns += ("last 5 evaluations", "best")
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for variant, group in runs.items():
-        summaries = [summary for summary, _ in group]
-        lowest = [min(score for _, score in summary["scores"]) for summary in summaries]
-        before = ("offline_score", "aligned_score", "initial_drop")
-        cells = [mean_of(summary[key] for summary in summaries) for key in before] + [mean_of(lowest)]
-        cells += [mean_of(summary[key] for summary in summaries) for key in ("auc", "final_score", "best_score")]
-        lines.append(f"| {TITLES[variant]} | {len(group)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def interval(strata):
+    """Interquartile mean of all numbers in `strata`, a list of arrays (seeds,), one a task, and its 95 % bootstrap
+    interval: seeds are drawn anew within each task. -> mean, low, high; the last two None if no task has two seeds."""
+    strata = [np.asarray(stratum, dtype=float) for stratum in strata]
+    mean = float(stats.trim_mean(np.concatenate(strata), 0.25))
+    if max(map(len, strata)) < 2:
+        return mean, None, None
+
+    def statistic(*samples, axis):
+        return stats.trim_mean(np.concatenate(samples, axis=axis), 0.25, axis=axis)
+
+    # a task with one seed has nothing to draw from: it counts twice with the same number
+    strata = [stratum if len(stratum) > 1 else np.repeat(stratum, 2) for stratum in strata]
+    rng = np.random.default_rng(0)
+    found = stats.bootstrap(strata, statistic, n_resamples=2000, method="percentile", rng=rng).confidence_interval
+    return mean, float(found.low), float(found.high)
 
 
-def figure(runs, path):
-    """Score during alignment and online, the mean over seeds with their range."""
-    seen = {row["stage"] for group in runs.values() for _, rows in group for row in rows}
-    stages = [stage for stage in ("align", "online") if stage in seen]
-    settings = {"layout": "constrained", "squeeze": False, "sharey": True}
-    drawing, axes = plt.subplots(1, len(stages), figsize=(5 * len(stages), 3.8), **settings)
-    for axis, stage in zip(axes[0], stages, strict=True):
-        for i, (variant, group) in enumerate(runs.items()):
-            curves = [[(r["step"], r[f"{stage}/score"]) for r in rows if r["stage"] == stage] for _, rows in group]
-            longer = variant == "full" and "full-8000" in runs  # the same runs, continued
-            if all(curves) and not longer:
-                steps, scores = [step for step, _ in curves[0]], np.array([[s for _, s in curve] for curve in curves])
-                axis.plot(steps, scores.mean(0), label=TITLES[variant], color=f"C{i}")
-                axis.fill_between(steps, scores.min(0), scores.max(0), color=f"C{i}", alpha=0.15)
-        offline = np.mean([summary["offline_score"] for group in runs.values() for summary, _ in group])
-        axis.axhline(offline, color="black", linestyle="--", label="offline policy")
-        axis.set_title({"align": "alignment", "online": "online fine-tuning"}[stage])
-        axis.set_xlabel({"align": "updates", "online": "environment steps"}[stage])
-    axes[0, 0].set_ylabel("normalised score")
-    axes[0, -1].legend(fontsize=8)
-    drawing.savefig(path, dpi=110, metadata={"Software": None})
+def cell(strata):
+    strata = [[value for value in stratum if value is not None] for stratum in strata]
+    strata = [stratum for stratum in strata if stratum]
+    if not strata:
+        return "–"
+    mean, low, high = interval(strata)
+    return f"{mean:.1f}" if low is None else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def table(head, rows):
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---" for _ in head], *rows))
+
+
+def group_table(runs, group):
+    rows, tasks = [], chosen(runs, group)
+    for task, variants in tasks.items():
+        for variant, found in variants.items():
+            cells = [cell([[run[column] for run in found]]) for column in COLUMNS[:6]]
+            rows.append([*([task] if len(tasks) > 1 else []), GROUPS[group][1][variant], len(found), *cells])
+    return table([*(["task"] if len(tasks) > 1 else []), "variant", "seeds", *HEADINGS], rows)
+
+
+def aggregate(runs):
+    """-> {title of the method: {task: its runs}}"""
+    found = {}
+    for group, title in METHODS.items():
+        main = next(iter(GROUPS[group][1]))
+        tasks = {task: variants[main] for task, variants in chosen(runs, group).items() if main in variants}
+        if tasks:
+            found[title] = tasks
+    return found
+
+
+def aggregate_table(runs):
+    rows = []
+    for title, tasks in aggregate(runs).items():
+        seeds, steps = ({run[key] for found in tasks.values() for run in found} for key in ("seed", "online_steps"))
+        cells = [cell([[run[c] for run in found] for found in tasks.values()]) for c in ("offline", "final", "auc")]
+        drops = cell([[run["initial_drop"] for run in found] for found in tasks.values()])
+        rows.append([title, len(tasks), len(seeds), " / ".join(f"{n:,}" for n in sorted(steps)), *cells, drops])
+    head = ["method", "tasks", "seeds", "online steps", "offline", "last 5 evaluations", "mean online", "initial drop"]
+    return table(head, rows)
+
+
+def alpha_table(runs):
+    rows = []
+    for alpha, curves in alphas(runs):
+        scores = [[score for _, score in curve] for curve in curves]
+        parts = [[np.mean(s[: len(s) // 2]) for s in scores], [np.mean(s[len(s) // 2 :]) for s in scores]]
+        rows.append([alpha, len(curves), *(cell([part]) for part in (*parts, [min(s) for s in scores]))])
+    return table(["α", "seeds", "first half of alignment", "second half", "lowest evaluation"], rows)
+
+
+def alphas(runs):
+    """-> [(alpha, [curve of the scores during alignment, one a seed])]"""
+    found = defaultdict(list)
+    for run in runs:
+        if run["script"] == "o2o_sac" and run["variant"].startswith("alpha-"):
+            found[float(run["variant"].removeprefix("alpha-"))].append(stage_of(run, "align"))
+    return sorted(found.items())
+
+
+def critics(results):
+    """Of results/critics.py -> {(task, critic): [curve of an actor's scores, one a seed]}, {task: offline scores}."""
+    curves, offline = defaultdict(list), defaultdict(list)
+    for path in sorted(results.glob("critics/*/study/*/summary.json")):
+        summary = json.loads(path.read_text())
+        if summary["status"] == "complete":
+            offline[summary["env_id"]].append(summary["offline_score"])
+            rows = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
+            for critic in CRITICS:
+                points = [(row["step"], row[f"{critic}/score"]) for row in rows if row["stage"] == critic]
+                curves[summary["env_id"], critic].append(points)
+    return curves, offline
+
+
+def critic_table(curves, offline):
+    rows = []
+    for (task, critic), found in sorted(curves.items(), key=lambda item: (item[0][0], [*CRITICS].index(item[0][1]))):
+        scores = [[score for _, score in curve] for curve in found]
+        parts = [offline[task], [s[0] for s in scores], [min(s) for s in scores], [np.mean(s[-5:]) for s in scores]]
+        rows.append([task, CRITICS[critic], len(found), *(cell([part]) for part in parts)])
+    first = next(iter(curves.values()))[0][0][0]
+    head = ["task", "critic", "seeds", "offline", f"after {first:,} updates", "lowest", "last 5 evaluations"]
+    return table(head, rows)
+
+
+def stage_of(run, stage):
+    return [(step, score) for s, step, score in run["curve"] if s == stage]
+
+
+def save(drawing, path):
+    drawing.savefig(path, dpi=110, metadata={"Software": None})  # matplotlib's version would change the bytes
     plt.close(drawing)
 
 
-def main():
-    readme = RESULTS.parent / "README.md"
-    text = readme.read_text()
-    for script in re.findall(r"<!-- results: (\w+) -->", text):
-        runs = load(script)
-        figure(runs, RESULTS / f"{script}.png")
-        marked = rf"(<!-- results: {script} -->\n).*?(<!-- end -->)"
-        text = re.sub(marked, lambda match, runs=runs: match[1] + table(runs) + "\n" + match[2], text, flags=re.S)
-    readme.write_text(text)
+def plot_band(axis, curves, label, color):
+    """Mean over seeds with their range, over the steps that all of them have."""
+    steps = [step for step, _ in curves[0]]
+    scores = np.array([[score for _, score in curve] for curve in curves])
+    axis.plot(steps, scores.mean(0), label=label, color=color)
+    if len(curves) > 1:
+        axis.fill_between(steps, scores.min(0), scores.max(0), color=color, alpha=0.15)
+
+
+def draw_curves(runs, group, path):
+    """Scores during alignment and online, one row of panels a task."""
+    tasks, titles = chosen(runs, group), GROUPS[group][1]
+    every = [run for variants in tasks.values() for found in variants.values() for run in found]
+    stages = [stage for stage in ("align", "online") if any(stage_of(run, stage) for run in every)]
+    size = (5 * len(stages), 3.8 * len(tasks))
+    drawing, axes = plt.subplots(
+        len(tasks), len(stages), figsize=size, layout="constrained", squeeze=False, sharey="row"
+    )
+    for row, (task, variants) in zip(axes, tasks.items(), strict=True):
+        for axis, stage in zip(row, stages, strict=True):
+            for i, (variant, found) in enumerate(variants.items()):
+                curves = [stage_of(run, stage) for run in found]
+                longer = variant == "full" and "full-8000" in variants  # the same runs, continued
+                if all(curves) and not longer:
+                    plot_band(axis, curves, titles[variant], f"C{i}")
+            offline = np.mean([run["offline"] for found in variants.values() for run in found])
+            axis.axhline(offline, color="black", linestyle="--", label="offline policy")
+            axis.set_title(f"{task}: " + {"align": "alignment", "online": "online fine-tuning"}[stage])
+            axis.set_xlabel({"align": "updates", "online": "environment steps"}[stage])
+        row[0].set_ylabel("normalised score")
+        row[-1].legend(fontsize=8)
+    save(drawing, path)
+
+
+def draw_bars(bars, axis):
+    """bars: [(label, strata, colour)], interquartile means with their intervals."""
+    for i, (_, strata, color) in enumerate(bars):
+        mean, low, high = interval(strata)
+        error = None if low is None else [[max(mean - low, 0)], [max(high - mean, 0)]]
+        axis.barh(i, mean, xerr=error, color=color, height=0.7, capsize=3)
+    axis.set_yticks(range(len(bars)), [label for label, _, _ in bars], fontsize=8)
+    axis.invert_yaxis()
+
+
+def draw_ablations(runs, path):
+    """The mean of the last five evaluations of every variant, all tasks together; the offline policy as a line."""
+    groups = {group: tasks for group in METHODS if (tasks := chosen(runs, group))}
+    drawing, axes = plt.subplots(1, len(groups), figsize=(3.4 * len(groups), 2.6), layout="constrained", squeeze=False)
+    for axis, (group, tasks) in zip(axes[0], groups.items(), strict=True):
+        bars = []
+        for i, (variant, title) in enumerate(GROUPS[group][1].items()):
+            strata = [[run["final"] for run in variants[variant]] for variants in tasks.values() if variant in variants]
+            if strata and variant != "full-8000":
+                bars.append((title, strata, f"C{i}"))
+        draw_bars(bars, axis)
+        offline = [run["offline"] for variants in tasks.values() for found in variants.values() for run in found]
+        axis.axvline(np.mean(offline), color="black", linestyle="--")
+        axis.set(title=METHODS[group], xlabel="last 5 evaluations")
+    save(drawing, path)
+
+
+def draw_aggregate(runs, path):
+    """Offline and fine-tuned score of each method, over all its tasks and seeds."""
+    bars = []
+    for title, tasks in aggregate(runs).items():
+        for column, label, color in (("offline", "offline", "0.7"), ("final", "fine-tuned", "C0")):
+            bars.append((f"{title}, {label}", [[run[column] for run in found] for found in tasks.values()], color))
+    drawing, axis = plt.subplots(figsize=(6, 0.3 * len(bars) + 1), layout="constrained")
+    draw_bars(bars, axis)
+    axis.set_xlabel("normalised score, interquartile mean and 95 % interval")
+    save(drawing, path)
+
+
+def draw_alphas(runs, path):
+    drawing, axis = plt.subplots(figsize=(5, 3.8), layout="constrained")
+    for i, (alpha, curves) in enumerate(alphas(runs)):
+        plot_band(axis, curves, f"α = {alpha}", f"C{i}")
+    axis.set(title="O2SAC: the policy during alignment", xlabel="updates", ylabel="normalised score")
+    axis.legend(fontsize=8)
+    save(drawing, path)
+
+
+def draw_critics(curves, offline, path):
+    tasks = sorted(offline)
+    size = {"figsize": (5 * len(tasks), 3.8), "layout": "constrained", "squeeze": False}
+    drawing, axes = plt.subplots(1, len(tasks), **size)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        for i, (critic, title) in enumerate(CRITICS.items()):
+            plot_band(axis, curves[task, critic], title, f"C{i}")
+        axis.axhline(np.mean(offline[task]), color="black", linestyle="--", label="offline policy")
+        axis.set(title=f"{task}: an actor updated offline", xlabel="updates", ylabel="normalised score")
+        axis.legend(fontsize=8)
+    save(drawing, path)
+
+
+def write_csv(results, runs):
+    """runs.csv: a row a run; curves.csv: a row an evaluation."""
+    keys = ["script", "task", "variant", "seed"]
+    numbers = [*COLUMNS, "online_steps", "selection_steps"]
+    for name, columns, rows in (
+        ("runs.csv", [*keys, *numbers], [[run[key] for key in (*keys, *numbers)] for run in runs]),
+        (
+            "curves.csv",
+            [*keys, "stage", "step", "score"],
+            [[run[k] for k in keys] + [*p] for run in runs for p in run["curve"]],
+        ),
+    ):
+        with open(results / name, "w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(columns)
+            writer.writerows([[f"{x:.2f}" if isinstance(x, float) else x for x in row] for row in rows])
+
+
+def main(results=ROOT / "results"):
+    runs, text = load(results), (ROOT / "README.md").read_text()
+    if not runs:
+        sys.exit(f"error: no complete run in {results}; they lie in <script>/<task>/<variant>/<seed>")
+    write_csv(results, runs)
+    tables = {group: group_table(runs, group) for group in GROUPS if chosen(runs, group)}
+    tables |= {"aggregate": aggregate_table(runs)} | ({"alpha": alpha_table(runs)} if alphas(runs) else {})
+    curves, offline = critics(results)
+    tables |= {"critics": critic_table(curves, offline)} if curves else {}
+    for name, lines in tables.items():
+        marked = rf"(<!-- results: {name} -->\n).*?(<!-- end -->)"
+        text = re.sub(marked, lambda match, lines=lines: f"{match[1]}{lines}\n{match[2]}", text, flags=re.S)
+    own = results == ROOT / "results"
+    (ROOT / "README.md" if own else results / "README.md").write_text(text)
+    for group in METHODS:
+        if chosen(runs, group):
+            draw_curves(runs, group, results / f"{group}.png")
+    draw_ablations(runs, results / "ablations.png")
+    draw_aggregate(runs, results / "aggregate.png")
+    if alphas(runs):
+        draw_alphas(runs, results / "alpha.png")
+    if curves:
+        draw_critics(curves, offline, results / "critics.png")
 
 
 if __name__ == "__main__":
-    main()
+    main(*(Path(word).resolve() for word in sys.argv[1:2]))
