@@ -34,7 +34,7 @@ FAST = "--matmul-precision medium"  # bf16 products: the published runs, except 
 SAC = "--reevaluation-steps 100000 --alignment-steps 15000 --eval-every 500 --eval-every-updates 2500"
 TD3 = "--reevaluation-steps 100000 --alignment-steps 50000 --eval-every 1000 --eval-every-updates 5000"
 PPO = "--reevaluation-steps 50000 --online-steps 250000 --eval-every 2500 --eval-every-updates 5000"
-LAPO, IQL = "--online-steps 1250 --eval-every 125", "--online-steps 50000 --eval-every 1000"
+LAPO, IQL = "--online-steps 1000 --eval-every 100", "--online-steps 50000 --eval-every 1000"
 PAPER = {
     "o2o_sac": "--reevaluation-steps 500000 --alignment-steps 500000 --online-steps 100000",
     "o2o_td3": "--reevaluation-steps 500000 --alignment-steps 500000 --online-steps 100000",

@@ -1,6 +1,7 @@
 """The list of commands, and the runner: it skips, resumes, names what failed, and survives the loss of a node."""
 
 import importlib
+import itertools
 import json
 import os
 import shlex
@@ -14,11 +15,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import tyro
 from conftest import ROOT, TASK
 
 sys.path.insert(0, str(ROOT / "results"))
 import benchmark  # noqa: E402
+import critics  # noqa: E402
+
+import o2o_sac  # noqa: E402
 
 TINY = "--reevaluation-steps 4 --alignment-steps 4 --online-steps 8 --warm-up 4 --eval-every 4 --eval-every-updates 2"
 TINY += " --eval-episodes 1 --batch-size 16 --no-compile"
@@ -218,3 +223,25 @@ def test_ray_goes_on_after_a_node_was_killed(tmp_path):
         summary = json.loads((folder / "summary.json").read_text())
         steps = [step for step, _ in summary["scores"]]
         assert summary["status"] == "complete" and steps == list(range(100, 601, 100))
+
+
+def test_study_of_critics(checkpoint, tmp_path):
+    """Stage 1 is shared; the fixed critic stays as stage 1 left it, the other two move, and every actor moves."""
+    settings = {"reevaluation_steps": 4, "alignment_steps": 4, "eval_every_updates": 2, "eval_episodes": 1}
+    settings |= {"batch_size": 16, "compile": False, "checkpoint": str(checkpoint), "run_dir": str(tmp_path / "run")}
+    critics.main(o2o_sac.Args(**settings))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    stages = ("reevaluate", "fixed", "iterated", "aligned")
+    assert [(row["stage"], row["step"]) for row in rows] == [(stage, step) for stage in stages for step in (2, 4)]
+    assert all(f"{row['stage']}/score" in row for row in rows[2:])
+    nets = torch.load(tmp_path / "run" / "resume.pt", weights_only=True)["nets"]
+
+    def same(a, b):
+        return all(torch.equal(nets[a][key], nets[b][key]) for key in nets[a])
+
+    assert same("critics", "targets")
+    for name in ("critics_iterated", "critics_aligned"):
+        assert not same(name, "critics")
+    actors = ("behaviour", "actor_fixed", "actor_iterated", "actor_aligned")
+    assert not any(same(a, b) for a, b in itertools.combinations(actors, 2))
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "complete"

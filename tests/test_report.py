@@ -1,0 +1,80 @@
+"""The statistics of the report, and that the committed tables come out of the committed runs."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, TASK
+
+sys.path.insert(0, str(ROOT / "results"))
+import report  # noqa: E402
+
+
+def test_committed_tables_come_out_of_the_committed_runs(tmp_path):
+    for path in (ROOT / "results").glob("*/*/*/*/*.json*"):
+        copy = tmp_path / path.relative_to(ROOT / "results")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    report.main(tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == (ROOT / "README.md").read_bytes()
+    for name in ("runs.csv", "curves.csv"):
+        assert (tmp_path / name).read_bytes() == (ROOT / "results" / name).read_bytes()
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    assert drawn == {path.name for path in (ROOT / "results").glob("*.png")}
+    readme = (ROOT / "README.md").read_text()
+    for name in drawn:
+        assert f"](results/{name})" in readme, f"README does not show {name}"
+
+
+def test_interquartile_mean_and_its_interval():
+    mean, low, high = report.interval([[0, 10, 20, 90]])
+    assert mean == 15 and 0 <= low < mean < high <= 90
+    assert report.interval([[7.0]]) == (7.0, None, None)
+    assert report.interval([[3.0, 3.0, 3.0]]) == (3.0, 3.0, 3.0)
+
+
+def test_the_bootstrap_is_stratified_by_task():
+    """Seeds of a task take each other's place, tasks do not: two tasks without spread give no interval at all, although
+    their scores differ; unstratified they would."""
+    mean, low, high = report.interval([[10.0, 10.0], [90.0, 90.0]])
+    assert mean == low == high == 50
+    rng = np.random.default_rng(1)
+    strata = [list(rng.normal(center, 1, size=8)) for center in (0, 100)]
+    _, low, high = report.interval(strata)
+    _, wide_low, wide_high = report.interval([strata[0] + strata[1]])
+    assert high - low < 0.2 * (wide_high - wide_low)
+
+
+def run_folder(root, script, variant, seed, scores, status="complete"):
+    folder = root / script / TASK / variant / str(seed)
+    folder.mkdir(parents=True)
+    summary = {"status": status, "offline_score": 50.0, "aligned_score": None, "initial_drop": 1.0, "auc": 60.0}
+    summary |= {"final_score": scores[-1], "best_score": max(scores), "online_steps": 30, "selection_steps": 0}
+    summary |= {"scores": [[10 * (i + 1), score] for i, score in enumerate(scores)]}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    rows = [{"stage": "online", "step": step, "online/score": score} for step, score in summary["scores"]]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_tables_of_runs_made_by_hand(tmp_path):
+    for seed, last in ((1, 70.0), (2, 80.0), (3, 90.0)):
+        run_folder(tmp_path, "o2o_td3", "full", seed, [40.0, 60.0, last])
+    run_folder(tmp_path, "o2o_td3", "no-align", 1, [30.0, 20.0, 25.0])
+    run_folder(tmp_path, "o2o_td3", "no-align", 2, [99.0, 99.0, 99.0], status="interrupted")
+    report.main(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    rows = text.split("<!-- results: o2o_td3 -->")[1].split("<!-- end -->")[0].strip().splitlines()[2:]
+    full, ablated = ([word.strip() for word in row.strip("|").split("|")] for row in rows)
+    assert full[:4] == ["full method", "3", "50.0 [50.0, 50.0]", "–"]
+    assert full[5] == "40.0 [40.0, 40.0]" and full[7].startswith("80.0 [7")
+    assert ablated == ["no alignment", "1", "50.0", "–", "1.0", "20.0", "60.0", "25.0"]
+    lines = (tmp_path / "runs.csv").read_text().splitlines()
+    assert len(lines) == 5 and lines[1].startswith(f"o2o_td3,{TASK},full,1,50.00,,1.00,40.00,60.00,70.00,70.00,30")
+    assert len((tmp_path / "curves.csv").read_text().splitlines()) == 1 + 4 * 3
+
+
+def test_no_runs_is_said(tmp_path):
+    with pytest.raises(SystemExit, match="no complete run in"):
+        report.main(tmp_path)
