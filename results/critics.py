@@ -21,6 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import o2o_sac as sac
 
+Args = sac.Args
 VARIANTS = ("fixed", "iterated", "aligned")
 
 
@@ -58,7 +59,7 @@ def make_updates(args, nets, optimizers, obs_dim, act_dim):
     return {"reevaluate": reevaluate, "fixed": fixed, "iterated": iterated, "aligned": align}
 
 
-def main(args: sac.Args):
+def main(args: Args):
     sac.fill_defaults(args)
     args.exp_name = "critics"
     torch.set_num_threads(args.num_threads)
