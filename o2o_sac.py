@@ -659,6 +659,19 @@ def offline_part(data, part):
     return data.rows[torch.isin(data.episode, best)] if part == "part" else data.rows
 
 
+def online_buffer(run, args, data):
+    """-> rows (N + online_steps, 2 O + A + 2), offline ones first, then those that a resumed run had; and N. Raises
+    UserError if that run did more than online_steps already."""
+    offline = offline_part(data, args.offline_data)
+    buffer, first = torch.cat([offline, torch.zeros(args.online_steps, offline.shape[1])]), len(offline)
+    if run.saved and "online" in run.saved:
+        done = run.saved["online"]
+        if len(done) > args.online_steps:
+            raise UserError(f"{run.dir} did {len(done)} environment steps already; resume it with at least as many")
+        buffer[first : first + len(done)] = done
+    return buffer, first
+
+
 def draw_batches(args, generator, first, last, count, device):
     """Indices (count, batch_size) into a buffer whose rows [0, first) are offline and [first, last) online data."""
     half = args.batch_size // 2
@@ -691,11 +704,10 @@ def train_online(run, args, update, data, device, score_of):
     """Stage 3: one environment step, then updates_per_step updates and one step of lambda. The environment receives
     exactly the action that the buffer stores."""
     progress, nets, generator = run.progress, run.nets, run.generator
-    env, offline = data.make_env(), offline_part(data, args.offline_data)
-    buffer, first = torch.cat([offline, torch.zeros(args.online_steps, offline.shape[1])]).to(device), len(offline)
+    env, (buffer, first) = data.make_env(), online_buffer(run, args, data)
+    buffer = buffer.to(device)
     obs, _ = env.reset(seed=args.seed)
     if run.saved and "online" in run.saved:
-        buffer[first : first + progress["step"]] = run.saved["online"].to(device)
         set_env_state(env, run.saved["env"])
         obs = run.saved["obs"].numpy()
     log_multiplier, seconds, counted, values = nets["log_multiplier"].weight, 0.0, 0, {}

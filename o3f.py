@@ -6,9 +6,9 @@ most, plus omega of its standard deviations.
 
     a ~ pi(a|s);  c_i ~ N(a, sigma^2), i = 1..N;  execute argmax_i Q_mean(s,c_i) + omega Q_std(s,c_i)     best_candidate
 
-    python offline/lapo.py --updates 100000  # once
-    python o3f.py --env-id hopper-medium-v2  # on LAPO
-    python o3f.py --env-id hopper-medium-v2 --base iql  # on IQL, after: python offline/iql.py --num-critics 5
+    python o3f.py --env-id hopper-medium-v2  # on LAPO, 20 updates a step as in the paper: slow on a CPU
+    python o3f.py --env-id hopper-medium-v2 --online-steps 20000 --updates-per-step 1  # the same, one update a step
+    python o3f.py --env-id hopper-medium-v2 --base iql  # on IQL with five critics
     python o3f.py --base iql --no-optimism  # the baseline: the same algorithm with Gaussian noise of the same sigma
 
 Only for offline algorithms that do not push their critics down outside the data, since there the best candidate would
@@ -69,7 +69,7 @@ class Args:
     run_dir: str | None = None  # folder of this run; None: runs/<env_id>__<exp_name>__<seed>__<time>
     resume: str | None = None  # folder of a run that was cut off, to be continued
 
-    online_steps: int | None = None  # environment steps; None: LAPO 5,000, IQL 50,000 (paper: 100,000)
+    online_steps: int | None = None  # environment steps; None: LAPO 1,000, IQL 50,000 (paper: 100,000)
     optimism: bool = True  # choose among candidates; off: the policy's action with Gaussian noise of std sigma
     sigma: float = 0.2  # std of the candidates around the policy's action (paper: 0.05 outside locomotion)
     num_candidates: int = 100  # N
@@ -77,7 +77,7 @@ class Args:
     updates_per_step: int | None = None  # updates of all networks per environment step; None: LAPO 20, IQL 1
     offline_data: Literal["half", "all", "none", "part"] = "all"  # batches from one buffer that starts with all the
     # offline data, its best 50 episodes (part) or nothing (none); or half offline and half online
-    eval_every: int | None = None  # environment steps between evaluations; None: LAPO 250, IQL 1,000
+    eval_every: int | None = None  # environment steps between evaluations; None: LAPO 100, IQL 1,000
     eval_episodes: int = 10  # episodes of one evaluation, all at once
 
     batch_size: int | None = None  # transitions of one gradient step; None: as in the offline training
@@ -132,7 +132,7 @@ def normalized_score(env_id, returns):
 def fill_defaults(args):
     """Settings that depend on the offline algorithm."""
     lapo = args.base == "lapo"
-    defaults = {"online_steps": (5_000, 50_000), "updates_per_step": (20, 1), "eval_every": (250, 1_000)}
+    defaults = {"online_steps": (1_000, 50_000), "updates_per_step": (20, 1), "eval_every": (100, 1_000)}
     for name, (for_lapo, for_iql) in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, for_lapo if lapo else for_iql)
@@ -716,6 +716,19 @@ def offline_part(data, part):
     return data.rows[torch.isin(data.episode, best)] if part == "part" else data.rows
 
 
+def online_buffer(run, args, data):
+    """-> rows (N + online_steps, 2 O + A + 2), offline ones first, then those that a resumed run had; and N. Raises
+    UserError if that run did more than online_steps already."""
+    offline = offline_part(data, args.offline_data)
+    buffer, first = torch.cat([offline, torch.zeros(args.online_steps, offline.shape[1])]), len(offline)
+    if run.saved and "online" in run.saved:
+        done = run.saved["online"]
+        if len(done) > args.online_steps:
+            raise UserError(f"{run.dir} did {len(done)} environment steps already; resume it with at least as many")
+        buffer[first : first + len(done)] = done
+    return buffer, first
+
+
 def draw_batches(args, generator, first, last, count, device):
     """Indices (count, batch_size) into a buffer whose rows [0, first) are offline and [first, last) online data."""
     half = args.batch_size // 2
@@ -735,11 +748,9 @@ def train(args, run, data, nets, saved, device):
     progress, scale = run.progress, saved["reward_scale"]
     torch.manual_seed(args.seed)
     nets = {name: net.to(device) for name, net in nets.items()}
-    offline, reward_column = offline_part(data, args.offline_data), data.obs_dim + data.act_dim
-    buffer, first = torch.cat([offline, torch.zeros(args.online_steps, offline.shape[1])]).to(device), len(offline)
-    buffer[:first, reward_column] *= scale
-    if run.saved and "online" in run.saved:
-        buffer[first : first + progress["step"]] = run.saved["online"].to(device)
+    (buffer, first), reward_column = online_buffer(run, args, data), data.obs_dim + data.act_dim
+    buffer = buffer.to(device)
+    buffer[:first, reward_column] *= scale  # what a resumed run had is scaled already
     value_range = torch.tensor(return_range(buffer[:, reward_column], args.gamma), device=device)
     optimizers, update = make_update(args, nets, value_range, data.obs_dim, data.act_dim)
     generator = torch.Generator(device).manual_seed(args.seed)
@@ -777,6 +788,10 @@ def train(args, run, data, nets, saved, device):
         low, high = return_range(buffer[first + step - 1, reward_column], args.gamma)
         value_range[0].clamp_(max=low)  # a reward beyond those of the data widens what values are possible
         value_range[1].clamp_(min=high)
+        progress["episode_return"] += float(reward)
+        if terminated or truncated:
+            progress["acting_returns"].append(progress["episode_return"])
+            progress["episode_return"] = 0.0
         obs = env.reset()[0] if terminated or truncated else next_obs
 
         clock = time.time()
@@ -792,6 +807,9 @@ def train(args, run, data, nets, saved, device):
         if step % args.eval_every and step != args.online_steps:
             continue
         row = run.finite("online", step, values)
+        if progress["acting_returns"]:  # of the actions as they were executed, in the episodes that ended meanwhile
+            row["score_acting"] = float(normalized_score(args.env_id, np.mean(progress["acting_returns"])))
+            progress["acting_returns"] = []
         score = score_of(step)
         progress["scores"].append([step, score])
         progress["updates_per_second"]["online"] = row["updates_per_second"] = counted / seconds
@@ -1099,6 +1117,7 @@ def main(args: Args):
     nets, saved = load_base(args.checkpoint, args, data.obs_dim, data.act_dim, bf16)
     progress = {"stage": "start", "step": 0, "online_steps": 0, "selection_steps": 0, "updates_per_second": {}}
     progress |= {"offline_score": None, "fitted_score": None, "aligned_score": None, "scores": []}
+    progress |= {"episode_return": 0.0, "acting_returns": []}
     run, status = Run(args, "o3f", progress), "failed"
     try:
         train(args, run, data, nets, saved, device)

@@ -34,7 +34,8 @@ FAST = "--matmul-precision medium"  # bf16 products: the published runs, except 
 SAC = "--reevaluation-steps 100000 --alignment-steps 15000 --eval-every 500 --eval-every-updates 2500"
 TD3 = "--reevaluation-steps 100000 --alignment-steps 50000 --eval-every 1000 --eval-every-updates 5000"
 PPO = "--reevaluation-steps 50000 --online-steps 250000 --eval-every 2500 --eval-every-updates 5000"
-LAPO, IQL = "--online-steps 1000 --eval-every 100", "--online-steps 50000 --eval-every 1000"
+LAPO = "--online-steps 20000 --eval-every 1000 --updates-per-step 1"  # the paper: 20 updates a step
+IQL = "--online-steps 50000 --eval-every 1000"
 PAPER = {
     "o2o_sac": "--reevaluation-steps 500000 --alignment-steps 500000 --online-steps 100000",
     "o2o_td3": "--reevaluation-steps 500000 --alignment-steps 500000 --online-steps 100000",
@@ -67,7 +68,7 @@ DEFAULTS = {
     "o2o_sac": f"{SAC} --online-steps 15000 --eval-every 1000 --eval-every-updates 5000",
     "o2o_td3": f"{TD3} --online-steps 50000",
     "o2o_ppo": PPO,
-    "o3f": f"--base lapo {LAPO}",
+    "o3f": "--base lapo --online-steps 1000 --eval-every 100 --updates-per-step 20",
 }
 STUDIES = {
     f"alignment-{n}": f"{SAC} --alignment-steps {n} --online-steps 4000 {FAST}"

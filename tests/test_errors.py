@@ -14,6 +14,7 @@ from conftest import ROOT, TASK, for_scripts
 
 import o2o_ppo
 import o2o_sac
+import o2o_td3
 
 
 def refused(capsys, monkeypatch, module, algorithm, *argv):
@@ -141,6 +142,13 @@ def test_ppo_cannot_be_resumed_with_another_layout(script, tiny, tmp_path):
     script.main(tiny(online_steps=4))
     with pytest.raises(script.UserError, match="--num-envs"):
         script.main(tiny(resume=str(tmp_path / "run"), num_envs=2))
+
+
+@for_scripts(o2o_sac, o2o_td3)
+def test_resume_with_fewer_online_steps_than_done(script, tiny, tmp_path):
+    script.main(tiny())
+    with pytest.raises(script.UserError, match="did 12 environment steps already"):
+        script.main(tiny(resume=str(tmp_path / "run"), online_steps=8))
 
 
 def test_no_compiler_falls_back_to_eager(monkeypatch, capsys):

@@ -245,6 +245,8 @@ def test_resume_equals_uninterrupted(tiny_o3f, tmp_path, monkeypatch):
     online = [torch.load(tmp_path / name / "resume.pt", weights_only=True)["online"] for name in ("whole", "run")]
     assert torch.equal(*online)
     assert [row["step"] for row in metrics(tmp_path / "run")] == [4, 8]
+    with pytest.raises(o3f.UserError, match="did 8 environment steps already"):
+        o3f.main(tiny_o3f(resume=str(tmp_path / "run"), online_steps=4))
 
 
 def test_batches_come_from_the_offline_data_and_the_executed_actions(tiny_o3f, tmp_path, monkeypatch):
