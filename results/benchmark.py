@@ -49,8 +49,12 @@ EXPERIMENTS = {  # script: {variant: flags}
     "o2o_sac": {
         **{variant: f"{SAC} --online-steps 4000 {FAST} {flag}" for variant, flag in ABLATIONS.items()},
         "full-8000": f"{SAC} --online-steps 8000 {FAST}",
+        "interval": f"{SAC} --online-steps 8000 {FAST} --reference interval --reference-every 2000",
     },
-    "o2o_td3": {variant: f"{TD3} --online-steps 50000 {FAST} {flag}" for variant, flag in ABLATIONS.items()},
+    "o2o_td3": {
+        **{variant: f"{TD3} --online-steps 50000 {FAST} {flag}" for variant, flag in ABLATIONS.items()},
+        "interval": f"{TD3} --online-steps 50000 {FAST} --reference interval --reference-every 10000",
+    },
     "o2o_ppo": {
         **{variant: f"{PPO} {FAST} {ABLATIONS[variant]}" for variant in ("full", "no-reevaluate", "no-align")},
         "naive": f"{PPO} {FAST} --no-reevaluate --no-align",

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import torch
 from scipy import stats
 
 matplotlib.use("Agg")
@@ -28,6 +29,7 @@ ABLATIONS = {
     "no-align": "no alignment",
     "no-constrain": "no constraint",
     "naive": "neither",
+    "interval": "full, reference replaced at intervals",
 }
 GROUPS = {  # table -> its script, and the title of each variant in it; the first is the method itself
     "o2o_sac": ("o2o_sac", {**ABLATIONS, "full-8000": "full method, 8,000 steps"}),
@@ -45,8 +47,9 @@ METHODS = {
     "o3f_lapo": "O3F on LAPO",
 }
 CRITICS = {"fixed": "re-evaluated, fixed", "iterated": "re-evaluated, iterated", "aligned": "aligned"}
-COLUMNS = ["offline", "aligned", "initial_drop", "lowest", "auc", "final", "best"]
-HEADINGS = ["offline", "aligned", "initial drop", "lowest online", "mean online", "last 5 evaluations"]  # the first six
+COLUMNS = ["offline", "aligned", "initial_drop", "lowest", "auc", "final", "acting", "best"]
+HEADINGS = ["offline", "aligned", "initial drop", "lowest online", "mean online", "last 5 evaluations", "while acting"]
+STAGES = {"align": "alignment", "online": "online fine-tuning", "acting": "the actions as executed"}
 
 
 def load(results):
@@ -60,10 +63,13 @@ def load(results):
             continue  # cut off, or pre-training
         rows = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
         curve = [(row["stage"], row["step"], row.get(f"{row['stage']}/score")) for row in rows]
+        curve += [("acting", row["step"], row["online/score_acting"]) for row in rows if "online/score_acting" in row]
         keys = {"offline": "offline_score", "aligned": "aligned_score", "final": "final_score", "best": "best_score"}
         run = {"script": script, "task": task, "variant": variant, "seed": int(seed)}
-        run |= {column: summary[keys.get(column, column)] for column in COLUMNS if column != "lowest"}
+        run |= {column: summary[keys.get(column, column)] for column in COLUMNS if column not in ("lowest", "acting")}
         run |= {"lowest": min((score for _, score in summary["scores"]), default=None)}
+        acting = [score for stage, _, score in curve if stage == "acting"]
+        run |= {"acting": float(np.mean(acting)) if acting else None}
         run |= {key: summary[key] for key in ("online_steps", "selection_steps")}
         runs.append(run | {"curve": [point for point in curve if point[2] is not None]})
     return sorted(runs, key=lambda run: [run[key] for key in ("script", "task", "variant", "seed")])
@@ -113,11 +119,13 @@ def table(head, rows):
 
 def group_table(runs, group):
     rows, tasks = [], chosen(runs, group)
+    every = [run for variants in tasks.values() for found in variants.values() for run in found]
+    shown = [i for i in range(len(HEADINGS)) if any(run[COLUMNS[i]] is not None for run in every)]
     for task, variants in tasks.items():
         for variant, found in variants.items():
-            cells = [cell([[run[column] for run in found]]) for column in COLUMNS[:6]]
+            cells = [cell([[run[COLUMNS[i]] for run in found]]) for i in shown]
             rows.append([*([task] if len(tasks) > 1 else []), GROUPS[group][1][variant], len(found), *cells])
-    return table([*(["task"] if len(tasks) > 1 else []), "variant", "seeds", *HEADINGS], rows)
+    return table([*(["task"] if len(tasks) > 1 else []), "variant", "seeds", *(HEADINGS[i] for i in shown)], rows)
 
 
 def aggregate(runs):
@@ -140,6 +148,18 @@ def aggregate_table(runs):
         rows.append([title, len(tasks), len(seeds), " / ".join(f"{n:,}" for n in sorted(steps)), *cells, drops])
     head = ["method", "tasks", "seeds", "online steps", "offline", "last 5 evaluations", "mean online", "initial drop"]
     return table(head, rows)
+
+
+def checkpoint_table():
+    """The offline policies that ship; their score is that of the last evaluation of their training."""
+    rows = []
+    for path in sorted((ROOT / "offline/checkpoints").glob("*-v2/*.pt")):
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        critics = f"{saved['num_critics']} critics" if "num_critics" in saved else "policy only"
+        size = f"{path.stat().st_size / 1e6:.1f} MB"
+        name = f"`{path.parent.name}/{path.name}`"
+        rows.append([name, saved["algorithm"], f"{saved['step']:,}", f"{saved['score']:.1f}", critics, size])
+    return table(["offline/checkpoints/", "algorithm", "updates", "score", "holds", "size"], rows)
 
 
 def alpha_table(runs):
@@ -195,9 +215,9 @@ def save(drawing, path):
 
 
 def plot_band(axis, curves, label, color):
-    """Mean over seeds with their range, over the steps that all of them have."""
-    steps = [step for step, _ in curves[0]]
-    scores = np.array([[score for _, score in curve] for curve in curves])
+    """Mean over seeds with their range; between the points of a curve, lines."""
+    steps = sorted({step for curve in curves for step, _ in curve})
+    scores = np.array([np.interp(steps, *zip(*curve, strict=True)) for curve in curves])
     axis.plot(steps, scores.mean(0), label=label, color=color)
     if len(curves) > 1:
         axis.fill_between(steps, scores.min(0), scores.max(0), color=color, alpha=0.15)
@@ -207,7 +227,7 @@ def draw_curves(runs, group, path):
     """Scores during alignment and online, one row of panels a task."""
     tasks, titles = chosen(runs, group), GROUPS[group][1]
     every = [run for variants in tasks.values() for found in variants.values() for run in found]
-    stages = [stage for stage in ("align", "online") if any(stage_of(run, stage) for run in every)]
+    stages = [stage for stage in STAGES if any(stage_of(run, stage) for run in every)]
     size = (5 * len(stages), 3.8 * len(tasks))
     drawing, axes = plt.subplots(
         len(tasks), len(stages), figsize=size, layout="constrained", squeeze=False, sharey="row"
@@ -221,8 +241,8 @@ def draw_curves(runs, group, path):
                     plot_band(axis, curves, titles[variant], f"C{i}")
             offline = np.mean([run["offline"] for found in variants.values() for run in found])
             axis.axhline(offline, color="black", linestyle="--", label="offline policy")
-            axis.set_title(f"{task}: " + {"align": "alignment", "online": "online fine-tuning"}[stage])
-            axis.set_xlabel({"align": "updates", "online": "environment steps"}[stage])
+            axis.set_title(f"{task}: {STAGES[stage]}")
+            axis.set_xlabel("updates" if stage == "align" else "environment steps")
         row[0].set_ylabel("normalised score")
         row[-1].legend(fontsize=8)
     save(drawing, path)
@@ -313,7 +333,8 @@ def main(results=ROOT / "results"):
         sys.exit(f"error: no complete run in {results}; they lie in <script>/<task>/<variant>/<seed>")
     write_csv(results, runs)
     tables = {group: group_table(runs, group) for group in GROUPS if chosen(runs, group)}
-    tables |= {"aggregate": aggregate_table(runs)} | ({"alpha": alpha_table(runs)} if alphas(runs) else {})
+    tables |= {"aggregate": aggregate_table(runs), "checkpoints": checkpoint_table()}
+    tables |= {"alpha": alpha_table(runs)} if alphas(runs) else {}
     curves, offline = critics(results)
     tables |= {"critics": critic_table(curves, offline)} if curves else {}
     for name, lines in tables.items():
