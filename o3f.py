@@ -809,6 +809,7 @@ def train(args, run, data, nets, saved, device):
         row = run.finite("online", step, values)
         if progress["acting_returns"]:  # of the actions as they were executed, in the episodes that ended meanwhile
             row["score_acting"] = float(normalized_score(args.env_id, np.mean(progress["acting_returns"])))
+            row["episodes"] = len(progress["acting_returns"])
             progress["acting_returns"] = []
         score = score_of(step)
         progress["scores"].append([step, score])

@@ -36,12 +36,14 @@ TD3 = "--reevaluation-steps 100000 --alignment-steps 50000 --eval-every 1000 --e
 PPO = "--reevaluation-steps 50000 --online-steps 250000 --eval-every 2500 --eval-every-updates 5000"
 LAPO = "--online-steps 20000 --eval-every 1000 --updates-per-step 1"  # the paper: 20 updates a step
 IQL = "--online-steps 50000 --eval-every 1000"
-PAPER = {
+PAPER = {  # by script, by variant, by the offline algorithm
     "o2o_sac": "--reevaluation-steps 500000 --alignment-steps 500000 --online-steps 100000",
     "o2o_td3": "--reevaluation-steps 500000 --alignment-steps 500000 --online-steps 100000",
     "o2o_ppo": "--reevaluation-steps 1000000 --online-steps 250000",
     "o3f": "--online-steps 100000 --eval-every 1000",
     "critics": "--reevaluation-steps 500000 --alignment-steps 500000",
+    "interval": "--reference-every 10000",
+    "lapo": "--updates-per-step 20",
 }
 ABLATIONS = {"full": "", "no-reevaluate": "--no-reevaluate", "no-align": "--no-align", "no-constrain": "--no-constrain"}
 OPTIMISM = {"": "", "-omega-1": "--omega 1", "-noise": "--no-optimism"}
@@ -127,6 +129,14 @@ class Job(NamedTuple):
         except FileNotFoundError:
             return False
 
+    def conflicts(self, results):
+        """Whether the folder holds a run that began with other flags, or from another policy."""
+        began, path = (self.folder(results) / "args.json").exists(), self.folder(results) / "command.json"
+        return began and path.exists() and json.loads(path.read_text()) != self.settings()
+
+    def settings(self):
+        return {"flags": list(self.flags), "policy": self.policy and self.policy.settings()}
+
     def command(self, results):
         folder = self.folder(results)
         files = ["--run-dir", str(folder)]
@@ -153,8 +163,11 @@ def all_jobs(args):
     def add(script, task, variant, seed, flags):
         if (args.script and script not in args.script) or (args.variant and variant not in args.variant):
             return
-        words = [*flags.split(), *(PAPER[script].split() if args.paper else ()), *cuda, *shlex.split(args.flags)]
         policy, base = None, base_of(script, variant)
+        if args.paper and variant == "full-8000":
+            return  # the budget is the paper's, so it is `full` again
+        paper = [*PAPER[script].split(), *PAPER.get(variant, "").split(), *PAPER.get(base, "").split()]
+        words = [*flags.split(), *(paper if args.paper else ()), *cuda, *shlex.split(args.flags)]
         if args.pretrain:
             name, budget = PRETRAINING[base]
             offline = [*budget.split(), *FAST.split(), *(["--updates", "1000000"] if args.paper else ()), *cuda]
@@ -216,8 +229,9 @@ def run_job(job, results):
         if job.complete(results):
             print(f"{job}: complete already", flush=True)
             return True
+        (folder / "command.json").write_text(json.dumps(job.settings(), indent=1))
         log, data = folder / "log.txt", get_dataset_path(f"o2o/{job.task}")
-        if "--dataset" not in job.flags:
+        if not any(word.split("=")[0] == "--dataset" for word in job.flags):
             with locked(data.parent / f".{job.task}.lock"):
                 if not data.exists() and call(["python", "offline/collect.py", "--env-id", job.task], log):
                     print(f"{job}: FAILED, no dataset; see {log}", flush=True)
@@ -237,7 +251,11 @@ def run_local(jobs, args):
         if job.policy in futures and not futures[job.policy].result():
             print(f"{job}: FAILED, its offline policy did", flush=True)
             return False
-        return run_job(job, args.results)
+        try:
+            return run_job(job, args.results)
+        except (OSError, ValueError) as error:  # the disk, or a damaged file in the folder: the other runs go on
+            print(f"{job}: FAILED, {error}", flush=True)
+            return False
 
     with ThreadPoolExecutor(args.workers) as pool:
         try:
@@ -256,7 +274,8 @@ def run_ray(jobs, args):
     import ray
 
     passed = {key: os.environ[key] for key in ("MINARI_DATASETS_PATH", "WANDB_API_KEY") if key in os.environ}
-    ray.init(runtime_env={"env_vars": passed})
+    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # then the variables came with the job
+    ray.init(runtime_env=None if submitted else {"env_vars": passed})
 
     @ray.remote(num_cpus=args.cpus, num_gpus=args.gpus, max_retries=-1)
     def remote(words, *policy):
@@ -270,7 +289,14 @@ def run_ray(jobs, args):
     for job in jobs:
         needs = [futures[job.policy]] if job.policy in futures else []
         futures[job] = remote.remote(again(args, everything.index(job)), *needs)
-    return {job: ray.get(future) for job, future in futures.items()}
+    outcome = {}
+    for job, future in futures.items():
+        try:
+            outcome[job] = ray.get(future)
+        except ray.exceptions.RayError as error:  # the other runs go on
+            print(f"{job}: FAILED, {error}", flush=True)
+            outcome[job] = False
+    return outcome
 
 
 def run_slurm(jobs, args):
@@ -284,7 +310,8 @@ def run_slurm(jobs, args):
         array = ",".join(map(str, stage))
         words = ["sbatch", "--parsable", f"--array={array}", *after, "results/slurm.sh", *again(args)]
         identity = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
-        after = [f"--dependency=afterok:{identity.split(';')[0]}"]
+        # after any: a run whose policy is missing says so itself, the others go on
+        after = [f"--dependency=afterany:{identity.split(';')[0]}"]
         print(f"{identity}: {len(stage)} runs")
 
 
@@ -304,7 +331,7 @@ def main(args: Args):
     args.results = results.relative_to(ROOT) if results.is_relative_to(ROOT) else results
     jobs = all_jobs(args)
     if args.index is not None:
-        jobs = [jobs[args.index]]
+        jobs = jobs[args.index : args.index + 1]
     if not jobs:
         sys.exit("error: no command of the list has this script, task, variant and seed; see ./benchmark.sh --list")
     complete = sum(job.complete(args.results) for job in jobs)
@@ -313,6 +340,9 @@ def main(args: Args):
             print(shlex.join(job.command(args.results)))
         print(f"# {len(jobs)} commands, {complete} of them complete in {args.results}")
         return
+    if conflicts := [str(job) for job in jobs if job.conflicts(args.results)]:
+        text = f"{len(conflicts)} runs in {args.results} were made with other flags, {conflicts[0]} for one"
+        sys.exit(f"error: {text}; name another folder with --results")
     if args.index is None:
         print(f"{len(jobs)} runs in {args.results}, {complete} of them complete already", flush=True)
         jobs = [job for job in jobs if not job.complete(args.results)]

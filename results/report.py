@@ -1,7 +1,7 @@
 """From run folders to results/*.csv, the tables in README.md, and the figures. The same runs give the same bytes.
 
-    python results/report.py                 # from results/: rewrites what is committed
-    python results/report.py runs/benchmark  # from runs of your own: writes there, README.md too, as a copy
+    python results/report.py                 # from results/: the tables go into README.md
+    python results/report.py runs/benchmark  # from runs of your own: the tables go into runs/benchmark/report.md
 
 A run is a folder <script>/<task>/<variant>/<seed>/ with the summary.json and metrics.jsonl of its run folder. Numbers
 over seeds are interquartile means with 95 % bootstrap intervals, stratified by task where several are taken together.
@@ -23,6 +23,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
 ABLATIONS = {
     "full": "full method",
     "no-reevaluate": "no re-evaluation",
@@ -63,13 +64,14 @@ def load(results):
             continue  # cut off, or pre-training
         rows = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
         curve = [(row["stage"], row["step"], row.get(f"{row['stage']}/score")) for row in rows]
-        curve += [("acting", row["step"], row["online/score_acting"]) for row in rows if "online/score_acting" in row]
+        acting = [row for row in rows if "online/score_acting" in row]
+        curve += [("acting", row["step"], row["online/score_acting"]) for row in acting]
         keys = {"offline": "offline_score", "aligned": "aligned_score", "final": "final_score", "best": "best_score"}
         run = {"script": script, "task": task, "variant": variant, "seed": int(seed)}
         run |= {column: summary[keys.get(column, column)] for column in COLUMNS if column not in ("lowest", "acting")}
         run |= {"lowest": min((score for _, score in summary["scores"]), default=None)}
-        acting = [score for stage, _, score in curve if stage == "acting"]
-        run |= {"acting": float(np.mean(acting)) if acting else None}
+        scores, episodes = ([row[f"online/{key}"] for row in acting] for key in ("score_acting", "episodes"))
+        run |= {"acting": float(np.average(scores, weights=episodes)) if acting else None}
         run |= {key: summary[key] for key in ("online_steps", "selection_steps")}
         runs.append(run | {"curve": [point for point in curve if point[2] is not None]})
     return sorted(runs, key=lambda run: [run[key] for key in ("script", "task", "variant", "seed")])
@@ -91,16 +93,16 @@ def interval(strata):
     interval: seeds are drawn anew within each task. -> mean, low, high; the last two None if no task has two seeds."""
     strata = [np.asarray(stratum, dtype=float) for stratum in strata]
     mean = float(stats.trim_mean(np.concatenate(strata), 0.25))
-    if max(map(len, strata)) < 2:
+    drawn, fixed = [s for s in strata if len(s) > 1], [s for s in strata if len(s) == 1]
+    if not drawn:
         return mean, None, None
 
     def statistic(*samples, axis):
-        return stats.trim_mean(np.concatenate(samples, axis=axis), 0.25, axis=axis)
+        rest = [np.broadcast_to(s, (*samples[0].shape[:-1], 1)) for s in fixed]  # nothing to draw from
+        return stats.trim_mean(np.concatenate([*samples, *rest], axis=-1), 0.25, axis=-1)
 
-    # a task with one seed has nothing to draw from: it counts twice with the same number
-    strata = [stratum if len(stratum) > 1 else np.repeat(stratum, 2) for stratum in strata]
     rng = np.random.default_rng(0)
-    found = stats.bootstrap(strata, statistic, n_resamples=2000, method="percentile", rng=rng).confidence_interval
+    found = stats.bootstrap(drawn, statistic, n_resamples=2000, method="percentile", rng=rng).confidence_interval
     return mean, float(found.low), float(found.high)
 
 
@@ -252,7 +254,7 @@ def draw_bars(bars, axis):
     """bars: [(label, strata, colour)], interquartile means with their intervals."""
     for i, (_, strata, color) in enumerate(bars):
         mean, low, high = interval(strata)
-        error = None if low is None else [[max(mean - low, 0)], [max(high - mean, 0)]]
+        error = None if low is None else [[mean - low], [high - mean]]
         axis.barh(i, mean, xerr=error, color=color, height=0.7, capsize=3)
     axis.set_yticks(range(len(bars)), [label for label, _, _ in bars], fontsize=8)
     axis.invert_yaxis()
@@ -327,26 +329,38 @@ def write_csv(results, runs):
             writer.writerows([[f"{x:.2f}" if isinstance(x, float) else x for x in row] for row in rows])
 
 
-def main(results=ROOT / "results"):
-    runs, text = load(results), (ROOT / "README.md").read_text()
-    if not runs:
+def all_tables(results, runs, curves, offline):
+    """-> {name: table} of everything that has runs."""
+    tables = {"aggregate": aggregate_table(runs)} if aggregate(runs) else {}
+    tables |= {group: group_table(runs, group) for group in GROUPS if chosen(runs, group)}
+    tables |= {"alpha": alpha_table(runs)} if alphas(runs) else {}
+    return tables | ({"critics": critic_table(curves, offline)} if curves else {})
+
+
+def main(results=RESULTS):
+    runs, (curves, offline) = load(results), critics(results)
+    if not runs and not curves:
         sys.exit(f"error: no complete run in {results}; they lie in <script>/<task>/<variant>/<seed>")
     write_csv(results, runs)
-    tables = {group: group_table(runs, group) for group in GROUPS if chosen(runs, group)}
-    tables |= {"aggregate": aggregate_table(runs), "checkpoints": checkpoint_table()}
-    tables |= {"alpha": alpha_table(runs)} if alphas(runs) else {}
-    curves, offline = critics(results)
-    tables |= {"critics": critic_table(curves, offline)} if curves else {}
-    for name, lines in tables.items():
-        marked = rf"(<!-- results: {name} -->\n).*?(<!-- end -->)"
-        text = re.sub(marked, lambda match, lines=lines: f"{match[1]}{lines}\n{match[2]}", text, flags=re.S)
-    own = results == ROOT / "results"
-    (ROOT / "README.md" if own else results / "README.md").write_text(text)
+    tables = all_tables(results, runs, curves, offline)
+    if results == RESULTS:
+        text = (ROOT / "README.md").read_text()
+        for name, lines in (tables | {"checkpoints": checkpoint_table()}).items():
+            marked = rf"(<!-- results: {name} -->\n).*?(<!-- end -->)"
+            text, count = re.subn(marked, lambda match, lines=lines: f"{match[1]}{lines}\n{match[2]}", text, flags=re.S)
+            if count != 1:
+                sys.exit(f"error: README.md has {count} places for the table '{name}', <!-- results: {name} -->")
+        (ROOT / "README.md").write_text(text)
+    else:
+        (results / "report.md").write_text(
+            "\n\n".join(f"## {name}\n\n{lines}" for name, lines in tables.items()) + "\n"
+        )
     for group in METHODS:
         if chosen(runs, group):
             draw_curves(runs, group, results / f"{group}.png")
-    draw_ablations(runs, results / "ablations.png")
-    draw_aggregate(runs, results / "aggregate.png")
+    if aggregate(runs):
+        draw_ablations(runs, results / "ablations.png")
+        draw_aggregate(runs, results / "aggregate.png")
     if alphas(runs):
         draw_alphas(runs, results / "alpha.png")
     if curves:

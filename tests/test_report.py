@@ -1,6 +1,7 @@
 """The statistics of the report, and that the committed tables come out of the committed runs."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -12,19 +13,24 @@ sys.path.insert(0, str(ROOT / "results"))
 import report  # noqa: E402
 
 
-def test_committed_tables_come_out_of_the_committed_runs(tmp_path):
-    for path in (ROOT / "results").glob("*/*/*/*/*.json*"):
-        copy = tmp_path / path.relative_to(ROOT / "results")
+def test_committed_tables_and_figures_come_out_of_the_committed_runs(tmp_path):
+    for path in report.RESULTS.glob("*/*/*/*/*.json*"):
+        copy = tmp_path / path.relative_to(report.RESULTS)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)
     report.main(tmp_path)
-    assert (tmp_path / "README.md").read_bytes() == (ROOT / "README.md").read_bytes()
-    for name in ("runs.csv", "curves.csv"):
-        assert (tmp_path / name).read_bytes() == (ROOT / "results" / name).read_bytes()
-    drawn = {path.name for path in tmp_path.glob("*.png")}
-    assert drawn == {path.name for path in (ROOT / "results").glob("*.png")}
     readme = (ROOT / "README.md").read_text()
+    tables = dict(part.split("\n\n", 1) for part in (tmp_path / "report.md").read_text().strip()[3:].split("\n\n## "))
+    tables["checkpoints"] = report.checkpoint_table()
+    assert set(tables) == set(re.findall(r"<!-- results: (\w+) -->", readme))
+    for name, lines in tables.items():
+        assert f"<!-- results: {name} -->\n{lines}\n<!-- end -->" in readme, name
+    for name in ("runs.csv", "curves.csv"):
+        assert (tmp_path / name).read_bytes() == (report.RESULTS / name).read_bytes()
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    assert drawn == {path.name for path in report.RESULTS.glob("*.png")}
     for name in drawn:
+        assert (tmp_path / name).read_bytes() == (report.RESULTS / name).read_bytes(), f"{name} is stale"
         assert f"](results/{name})" in readme, f"README does not show {name}"
 
 
@@ -32,6 +38,8 @@ def test_interquartile_mean_and_its_interval():
     mean, low, high = report.interval([[0, 10, 20, 90]])
     assert mean == 15 and 0 <= low < mean < high <= 90
     assert report.interval([[7.0]]) == (7.0, None, None)
+    mean, low, high = report.interval([[0], [50], [100, 101, 102, 103, 104]])
+    assert low <= mean <= high
     assert report.interval([[3.0, 3.0, 3.0]]) == (3.0, 3.0, 3.0)
 
 
@@ -55,8 +63,8 @@ def run_folder(root, script, variant, seed, scores, status="complete"):
     summary |= {"scores": [[10 * (i + 1), score] for i, score in enumerate(scores)]}
     (folder / "summary.json").write_text(json.dumps(summary))
     rows = [{"stage": "online", "step": step, "online/score": score} for step, score in summary["scores"]]
-    rows[1] |= {"online/score_acting": 30.0}  # not every interval has an episode that ends
-    rows[2] |= {"online/score_acting": 40.0}
+    rows[1] |= {"online/score_acting": 30.0, "online/episodes": 1}  # not every interval has an episode that ends
+    rows[2] |= {"online/score_acting": 40.0, "online/episodes": 3}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -66,17 +74,28 @@ def test_tables_of_runs_made_by_hand(tmp_path):
     run_folder(tmp_path, "o2o_td3", "no-align", 1, [30.0, 20.0, 25.0])
     run_folder(tmp_path, "o2o_td3", "no-align", 2, [99.0, 99.0, 99.0], status="interrupted")
     report.main(tmp_path)
-    text = (tmp_path / "README.md").read_text()
-    rows = text.split("<!-- results: o2o_td3 -->")[1].split("<!-- end -->")[0].strip().splitlines()[2:]
+    rows = (tmp_path / "report.md").read_text().split("## o2o_td3\n\n")[1].strip().splitlines()[2:]
     full, ablated = ([word.strip() for word in row.strip("|").split("|")] for row in rows)
     assert full[:3] == ["full method", "3", "50.0 [50.0, 50.0]"]
-    assert full[4] == "40.0 [40.0, 40.0]" and full[6].startswith("80.0 [7") and full[7].startswith("35.0")
-    assert ablated == ["no alignment", "1", "50.0", "1.0", "20.0", "60.0", "25.0", "35.0"]
+    assert full[4] == "40.0 [40.0, 40.0]" and full[6].startswith("80.0 [7") and full[7].startswith("37.5")
+    assert ablated == ["no alignment", "1", "50.0", "1.0", "20.0", "60.0", "25.0", "37.5"]
     lines = (tmp_path / "runs.csv").read_text().splitlines()
     assert len(lines) == 5 and lines[1].startswith(
-        f"o2o_td3,{TASK},full,1,50.00,,1.00,40.00,60.00,70.00,35.00,70.00,30"
+        f"o2o_td3,{TASK},full,1,50.00,,1.00,40.00,60.00,70.00,37.50,70.00,30"
     )
     assert len((tmp_path / "curves.csv").read_text().splitlines()) == 1 + 4 * 5
+
+
+@pytest.mark.parametrize("variant", ["default", "alpha-0.1"])
+def test_runs_outside_the_main_tables_are_enough(tmp_path, variant):
+    run_folder(tmp_path, "o2o_sac", variant, 1, [40.0, 60.0, 70.0])
+    rows = [{"stage": "align", "step": step, "align/score": 10.0 * step} for step in (1, 2, 3, 4)]
+    folder = tmp_path / "o2o_sac" / TASK / variant / "1"
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report.main(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert ("| 0.1 | 1 | 15.0 | 35.0 | 10.0 |" in text) == (variant == "alpha-0.1")
+    assert len((tmp_path / "runs.csv").read_text().splitlines()) == 2
 
 
 def test_no_runs_is_said(tmp_path):
