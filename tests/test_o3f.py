@@ -291,6 +291,39 @@ def test_batches_come_from_the_offline_data_and_the_executed_actions(tiny_o3f, t
     assert sum(tuple(row.tolist()) in new for row in torch.cat(seen)) > 0
 
 
+def test_acting_score_is_that_of_the_episodes_that_ended(tiny_o3f, tmp_path, monkeypatch):
+    """Episodes of three steps: one ends before step 4, one (begun before step 4) ends before step 8. The same numbers
+    if the run is continued from step 4, in the middle of an episode."""
+    rewards, real_load = [], o3f.load_dataset
+
+    class Recorder(gym.Wrapper):
+        def step(self, action):
+            done = self.env.step(action)
+            rewards.append(done[1])
+            return done
+
+    def load(*args):
+        data, made = real_load(*args), []
+
+        def make_env(**kwargs):
+            made.append(1)  # the first trains, the others evaluate
+            env = data.make_env(**kwargs)
+            return gym.wrappers.TimeLimit(Recorder(env), 3) if len(made) == 1 else env
+
+        return data._replace(make_env=make_env)
+
+    monkeypatch.setattr(o3f, "load_dataset", load)
+    o3f.main(tiny_o3f(run_dir=str(tmp_path / "whole")))
+    rows = metrics(tmp_path / "whole")
+    assert [row["online/episodes"] for row in rows] == [1, 1]
+    expected = [o3f.normalized_score(TASK, sum(rewards[i : i + 3])) for i in (0, 3)]
+    np.testing.assert_allclose([row["online/score_acting"] for row in rows], expected, rtol=1e-6)
+    o3f.main(tiny_o3f(online_steps=4))
+    o3f.main(tiny_o3f(resume=str(tmp_path / "run")))
+    again = [row["online/score_acting"] for row in metrics(tmp_path / "run")]
+    assert again == [row["online/score_acting"] for row in rows]
+
+
 def test_without_optimism_it_is_the_same_algorithm_with_noise(tiny_o3f, tmp_path):
     """A single candidate is chosen whatever its value: the runs are the same. Five candidates make another run."""
     runs = {"one": {"num_candidates": 1}, "none": {"optimism": False}, "five": {"num_candidates": 5}}
