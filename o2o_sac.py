@@ -142,15 +142,44 @@ def normalized_score(env_id, returns):
 # end shared
 
 
+# shared: task_settings
+# What the authors change with the task (appendix of the paper): (usual value, value on data of expert quality) by flag.
+# Each script reads the rows of the flags that it has.
+SETTINGS = {
+    "alpha": (0.2, 0.5),  # O2SAC
+    "kl_start": (0.125, 0.005),
+    "kl_end": (2.0, 0.125),
+    "exploration_noise": (0.1, 0.05),  # O2TD3
+    "distance_start": (0.0025, 2.5e-5),
+    "distance_end": (0.04, 6.25e-4),
+    "alignment_steps": (250_000, 500_000),  # O2PPO
+    "epochs": (10, 10),
+    "max_std": (math.exp(2), math.exp(2)),
+    "scale_rewards": (False, False),
+}
+EXCEPTIONS = {  # to the above, by environment
+    "hopper": {"epochs": (10, 5), "max_std": (math.exp(2), 0.05)},
+    "halfcheetah": {"scale_rewards": (True, True)},
+}
+
+
+def fill_settings(args):
+    """Replaces each None in `args` that SETTINGS has a value for. The limits that --reference interval works towards
+    are a quarter of the others, because its reference policy moves on by itself."""
+    name, quality = parse_task(args.env_id)
+    expert = quality in ("expert", "medium-expert")
+    for flag, values in {**SETTINGS, **EXCEPTIONS.get(name, {})}.items():
+        if getattr(args, flag, values) is None:
+            quarter = flag in ("kl_end", "distance_end") and args.reference == "interval"
+            setattr(args, flag, values[expert] / 4 if quarter else values[expert])
+
+
+# end shared
+
+
 def fill_defaults(args):
-    """Settings that depend on the data: cautious ones for data of expert quality (appendix of the paper)."""
-    expert = parse_task(args.env_id)[1] in ("expert", "medium-expert")
-    if args.alpha is None:
-        args.alpha = 0.5 if expert else 0.2
-    if args.kl_start is None:
-        args.kl_start = 0.005 if expert else 0.125
-    if args.kl_end is None:
-        args.kl_end = (0.125 if expert else 2.0) / (4 if args.reference == "interval" else 1)
+    """Replaces what is None in `args` by what the task asks for."""
+    fill_settings(args)
     if args.checkpoint is None:
         args.checkpoint = str(Path(__file__).resolve().parent / "offline/checkpoints" / args.env_id / "cql.pt")
 

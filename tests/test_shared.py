@@ -76,6 +76,24 @@ def test_help_explains_every_flag(path, capsys, monkeypatch):
             assert len(explanation.strip(" ,|")) > 3, f"{path.name}: {line}"
 
 
+def test_the_table_of_settings_serves_every_task_and_every_row_of_it_is_some_script_s():
+    served = set()
+    for script in map(importlib.import_module, ("o2o_sac", "o2o_td3", "o2o_ppo")):
+        for task in script.TASKS:
+            args = script.Args(env_id=task)
+            asked = {flag for flag in script.SETTINGS if getattr(args, flag, 0) is None}
+            script.fill_settings(args)
+            assert asked and not [flag for flag in asked if getattr(args, flag) is None]
+            served |= asked
+            for flag in asked:  # expert quality is what makes a difference, not the mixture's name
+                twin = script.Args(env_id=task.replace("-medium-expert-", "-expert-").replace("-replay", ""))
+                script.fill_settings(twin)
+                assert getattr(args, flag) == getattr(twin, flag)
+        assert {flag for flags in script.EXCEPTIONS.values() for flag in flags} <= set(script.SETTINGS)
+        assert set(script.EXCEPTIONS) <= set(script.ENVS)
+    assert served == set(script.SETTINGS)
+
+
 def documented_commands():
     """(where, script, arguments) of every `python ....py` in the README and in the scripts' docstrings."""
     readme = "\n".join(re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S))
