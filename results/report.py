@@ -164,6 +164,18 @@ def checkpoint_table():
     return table(["offline/checkpoints/", "algorithm", "updates", "score", "holds", "size"], rows)
 
 
+def behaviour_table():
+    """The policies that make the data: of one SAC run each, scored by 10 episodes of its samples."""
+    rows = []
+    for path in sorted((ROOT / "offline/checkpoints/behaviour").glob("*.pt")):
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        for quality in ("medium", "expert"):
+            snapshot, size = saved[quality], f"{path.stat().st_size / 1e6:.1f} MB"
+            numbers = [f"{snapshot['step']:,}", f"{snapshot['return']:,.0f}", f"{snapshot['score']:.1f}"]
+            rows.append([saved["env"], quality, *numbers, len(saved["ladder"]), size])
+    return table(["environment", "snapshot", "SAC steps", "mean return", "score", "rungs to medium", "file"], rows)
+
+
 def alpha_table(runs):
     rows = []
     for alpha, curves in alphas(runs):
@@ -345,7 +357,7 @@ def main(results=RESULTS):
     tables = all_tables(results, runs, curves, offline)
     if results == RESULTS:
         text = (ROOT / "README.md").read_text()
-        for name, lines in (tables | {"checkpoints": checkpoint_table()}).items():
+        for name, lines in (tables | {"checkpoints": checkpoint_table(), "behaviour": behaviour_table()}).items():
             marked = rf"(<!-- results: {name} -->\n).*?(<!-- end -->)"
             text, count = re.subn(marked, lambda match, lines=lines: f"{match[1]}{lines}\n{match[2]}", text, flags=re.S)
             if count != 1:

@@ -1,5 +1,6 @@
 """Loading: transitions stay aligned, ends of episodes mean what they say, bad files are refused in one sentence."""
 
+import collect
 import h5py
 import minari
 import numpy as np
@@ -122,6 +123,24 @@ def test_without_dataset_and_without_collect_the_error_says_how_to_make_it(monke
     monkeypatch.setattr(o2o_sac, "__file__", str(tmp_path / "copied.py"))
     with pytest.raises(o2o_sac.UserError, match="offline/collect.py"):
         o2o_sac.load_dataset("walker2d-expert-v2")
+
+
+@pytest.mark.parametrize("task", o2o_sac.TASKS)
+def test_data_of_every_task_are_made_from_what_ships_and_read(task, monkeypatch, tmp_path):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    collect.main(collect.Args(env_id=task, num_steps=400))
+    data = o2o_sac.load_dataset(task)
+    env, (name, quality) = data.make_env(), o2o_sac.parse_task(task)
+    gym_id, low, high = o2o_sac.ENVS[name]
+    assert env.spec.id == gym_id
+    assert (data.obs_dim, data.act_dim) == (env.observation_space.shape[0], env.action_space.shape[0])
+    assert len(data.rows) >= 400 and data.rows.isfinite().all()
+    if name == "halfcheetah":  # it cannot fall: episodes end at the time limit alone, which is not a termination
+        assert data.rows[:, -1].sum() == 0 and len(data.rows) == 1000 * len(data.returns)
+    metadata = minari.load_dataset(f"o2o/{task}").storage.metadata
+    assert (metadata["ref_min_score"], metadata["ref_max_score"]) == (low, high)
+    assert metadata["algorithm_name"] == ("uniform random" if quality == "random" else "SAC")
+    assert metadata["code_permalink"] == "offline/collect.py" and "mujoco" in str(metadata["requirements"])
 
 
 def test_best_episodes_for_offline_data_part():

@@ -21,7 +21,7 @@ def test_committed_tables_and_figures_come_out_of_the_committed_runs(tmp_path):
     report.main(tmp_path)
     readme = (ROOT / "README.md").read_text()
     tables = dict(part.split("\n\n", 1) for part in (tmp_path / "report.md").read_text().strip()[3:].split("\n\n## "))
-    tables["checkpoints"] = report.checkpoint_table()
+    tables |= {"checkpoints": report.checkpoint_table(), "behaviour": report.behaviour_table()}
     assert set(tables) == set(re.findall(r"<!-- results: (\w+) -->", readme))
     for name, lines in tables.items():
         assert f"<!-- results: {name} -->\n{lines}\n<!-- end -->" in readme, name
