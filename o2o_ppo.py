@@ -268,7 +268,10 @@ def load_dataset(env_id, dataset=None):
     env = make_env()
     if env.spec is None or env.spec.id.split("-v")[0] != gym_id.split("-v")[0]:
         raise UserError(f"{name} belongs to {env.spec and env.spec.id}, {env_id} needs {gym_id.split('-v')[0]}")
-    obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    box = env.action_space
+    if not hasattr(env.unwrapped, "model") or not ((box.low == -1).all() and (box.high == 1).all()):
+        raise UserError(f"{env.spec.id} is not a MuJoCo environment with actions in [-1, 1]; see README, Data")
+    obs_dim, act_dim = env.observation_space.shape[0], box.shape[0]
     for observations, actions, rewards, _ in episodes:
         shapes = np.shape(observations)[1:], np.shape(actions)[1:]
         if shapes != ((obs_dim,), (act_dim,)):
@@ -1167,7 +1170,8 @@ def main(args: Args):
     torch.set_float32_matmul_precision(args.matmul_precision)
     device = pick_device(args.cuda)
     if not Path(args.checkpoint).exists():
-        hint = f"train one with: python offline/iql.py --env-id {args.env_id}, or name one with --checkpoint"
+        command = f"python offline/iql.py --env-id {args.env_id} --updates 200000"
+        hint = f"train one with: {command}, or name one with --checkpoint"
         raise UserError(f"no offline policy at {args.checkpoint}; {hint}")
     data = load_dataset(args.env_id, args.dataset)
     teacher, saved = load_policy(args.checkpoint, args.env_id, data.obs_dim, data.act_dim, std=args.fit_std)

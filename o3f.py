@@ -217,7 +217,10 @@ def load_dataset(env_id, dataset=None):
     env = make_env()
     if env.spec is None or env.spec.id.split("-v")[0] != gym_id.split("-v")[0]:
         raise UserError(f"{name} belongs to {env.spec and env.spec.id}, {env_id} needs {gym_id.split('-v')[0]}")
-    obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    box = env.action_space
+    if not hasattr(env.unwrapped, "model") or not ((box.low == -1).all() and (box.high == 1).all()):
+        raise UserError(f"{env.spec.id} is not a MuJoCo environment with actions in [-1, 1]; see README, Data")
+    obs_dim, act_dim = env.observation_space.shape[0], box.shape[0]
     for observations, actions, rewards, _ in episodes:
         shapes = np.shape(observations)[1:], np.shape(actions)[1:]
         if shapes != ((obs_dim,), (act_dim,)):
@@ -1110,7 +1113,7 @@ def main(args: Args):
     parse_task(args.env_id)
     device = pick_device(args.cuda)
     if not Path(args.checkpoint).exists():
-        options = "" if args.base == "lapo" else " --num-critics 5"
+        options = " --updates 100000" if args.base == "lapo" else " --updates 200000 --num-critics 5"
         hint = f"python offline/{args.base}.py --env-id {args.env_id}{options}, or name one with --checkpoint"
         raise UserError(f"no offline policy at {args.checkpoint}; train one with: {hint}")
     data = load_dataset(args.env_id, args.dataset)

@@ -144,24 +144,29 @@ def aggregate(runs):
 def aggregate_table(runs):
     rows = []
     for title, tasks in aggregate(runs).items():
-        seeds, steps = ({run[key] for found in tasks.values() for run in found} for key in ("seed", "online_steps"))
-        cells = [cell([[run[c] for run in found] for found in tasks.values()]) for c in ("offline", "final", "auc")]
-        drops = cell([[run["initial_drop"] for run in found] for found in tasks.values()])
-        rows.append([title, len(tasks), len(seeds), " / ".join(f"{n:,}" for n in sorted(steps)), *cells, drops])
-    head = ["method", "tasks", "seeds", "online steps", "offline", "last 5 evaluations", "mean online", "initial drop"]
-    return table(head, rows)
+        every = [run for found in tasks.values() for run in found]
+        seeds, steps = ({run[key] for run in every} for key in ("seed", "online_steps"))
+        selection = f"{np.mean([run['selection_steps'] for run in every]):,.0f}"
+        columns = ("offline", "final", "auc", "lowest", "initial_drop")
+        cells = [cell([[run[column] for run in found] for found in tasks.values()]) for column in columns]
+        rows.append([title, len(tasks), len(seeds), " / ".join(f"{n:,}" for n in sorted(steps)), selection, *cells])
+    head = ["method", "tasks", "seeds", "online steps", "selection steps"]
+    scores = ["offline", "last 5 evaluations", "mean online", "lowest online", "initial drop"]
+    return table([*head, *scores], rows)
 
 
 def checkpoint_table():
-    """The offline policies that ship; their score is that of the last evaluation of their training."""
-    rows = []
+    """The offline policies that ship, with the last evaluation of their training and the score of results/policies.py."""
+    rows, measured = [], json.loads((RESULTS / "policies.json").read_text())
     for path in sorted((ROOT / "offline/checkpoints").glob("*-v2/*.pt")):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         critics = f"{saved['num_critics']} critics" if "num_critics" in saved else "policy only"
         size = f"{path.stat().st_size / 1e6:.1f} MB"
-        name = f"`{path.parent.name}/{path.name}`"
-        rows.append([name, saved["algorithm"], f"{saved['step']:,}", f"{saved['score']:.1f}", critics, size])
-    return table(["offline/checkpoints/", "algorithm", "updates", "score", "holds", "size"], rows)
+        name = f"{path.parent.name}/{path.name}"
+        mean = "{score:.1f} ± {error:.1f}".format(**measured["policies"][name])
+        rows.append([f"`{name}`", saved["algorithm"], f"{saved['step']:,}", f"{saved['score']:.1f}", mean, critics, size])
+    scores = ["last evaluation", f"{measured['episodes']} episodes"]
+    return table(["offline/checkpoints/", "algorithm", "updates", *scores, "holds", "size"], rows)
 
 
 def behaviour_table():

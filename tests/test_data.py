@@ -1,6 +1,7 @@
 """Loading: transitions stay aligned, ends of episodes mean what they say, bad files are refused in one sentence."""
 
 import collect
+import gymnasium as gym
 import h5py
 import minari
 import numpy as np
@@ -117,6 +118,14 @@ def test_a_missing_minari_dataset_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr("minari.storage.hosting.download_dataset", unreachable)
     with pytest.raises(o2o_sac.UserError, match="no network"):
         o2o_sac.load_dataset(TASK, "mujoco/hopper/medium-v0")
+
+
+def test_an_environment_that_a_run_could_not_resume_or_act_in_is_refused(monkeypatch):
+    monkeypatch.setitem(o2o_sac.ENVS, "hopper", ("Pendulum-v1", 0.0, 1.0))
+    episodes = [(np.zeros((3, 3)), np.zeros((2, 1)), np.zeros(2), np.zeros(2))]
+    monkeypatch.setattr(o2o_sac, "read_minari", lambda *args, **kwargs: (episodes, lambda: gym.make("Pendulum-v1")))
+    with pytest.raises(o2o_sac.UserError, match=r"Pendulum-v1 is not a MuJoCo environment with actions in \[-1, 1\]"):
+        o2o_sac.load_dataset(TASK, "some/data-v0")
 
 
 def test_without_dataset_and_without_collect_the_error_says_how_to_make_it(monkeypatch, tmp_path):
