@@ -3,8 +3,11 @@
     python results/policies.py    # writes results/policies.json, whose numbers `results/report.py` puts into README.md
 
 The score is of the policy's mode: normalised mean return, and its standard error. Start states are the same for all.
+Files that were scored before, known by their hash, are not scored again.
 """
 
+import hashlib
+import json
 import sys
 from pathlib import Path
 
@@ -41,10 +44,11 @@ def score(path, episodes=EPISODES):
 
 def main(folder=ROOT / "offline/checkpoints", output=ROOT / "results/policies.json"):
     torch.set_num_threads(1)
-    found = {}
+    known, found = json.loads(output.read_text())["policies"] if output.exists() else {}, {}
     for path in sorted(folder.glob("*-v2/*.pt")):
-        name = f"{path.parent.name}/{path.name}"
-        found[name] = score(path)
+        name, digest = f"{path.parent.name}/{path.name}", hashlib.sha256(path.read_bytes()).hexdigest()
+        fresh = known.get(name, {}).get("sha256") == digest
+        found[name] = known[name] if fresh else {**score(path), "sha256": digest}
         print(f"{name}: {found[name]['score']:.1f} +- {found[name]['error']:.1f}", flush=True)
     o2o_sac.write_json({"episodes": EPISODES, "versions": o2o_sac.versions(), "policies": found}, output)
 

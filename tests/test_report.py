@@ -1,5 +1,6 @@
 """The statistics of the report, and that the committed tables come out of the committed runs."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -7,9 +8,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, TASK
 
 sys.path.insert(0, str(ROOT / "results"))
+import policies  # noqa: E402
 import report  # noqa: E402
 
 
@@ -32,6 +35,20 @@ def test_committed_tables_and_figures_come_out_of_the_committed_runs(tmp_path):
     for name in drawn:
         assert (tmp_path / name).read_bytes() == (report.RESULTS / name).read_bytes(), f"{name} is stale"
         assert f"](results/{name})" in readme, f"README does not show {name}"
+
+
+def test_every_policy_that_ships_was_scored_as_it_is():
+    measured = json.loads((report.RESULTS / "policies.json").read_text())["policies"]
+    for path in (ROOT / "offline/checkpoints").glob("*-v2/*.pt"):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert measured[f"{path.parent.name}/{path.name}"]["sha256"] == digest, "run results/policies.py"
+
+
+def test_the_score_of_a_policy_is_the_mean_of_its_episodes():
+    path = ROOT / "offline/checkpoints" / TASK / "iql.pt"
+    found = policies.score(path, episodes=20)
+    assert found["score"] == pytest.approx(90, abs=4) and 0 < found["error"] < 3
+    assert policies.load(path.with_name("lapo.pt"), 11, 3).mode(torch.zeros(2, 11)).shape == (2, 3)
 
 
 def test_interquartile_mean_and_its_interval():
