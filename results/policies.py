@@ -15,11 +15,11 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import o2o_sac
 import o3f
 
+ROOT = Path(__file__).resolve().parents[1]
 EPISODES, SEED = 200, 123_456_789  # no evaluation seed of a training run is near
 
 

@@ -156,7 +156,7 @@ def aggregate_table(runs):
 
 
 def checkpoint_table():
-    """The offline policies that ship, with the last evaluation of their training and the score of results/policies.py."""
+    """The offline policies that ship, their last evaluation in training and their score of results/policies.py."""
     rows, measured = [], json.loads((RESULTS / "policies.json").read_text())
     for path in sorted((ROOT / "offline/checkpoints").glob("*-v2/*.pt")):
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -164,7 +164,9 @@ def checkpoint_table():
         size = f"{path.stat().st_size / 1e6:.1f} MB"
         name = f"{path.parent.name}/{path.name}"
         mean = "{score:.1f} ± {error:.1f}".format(**measured["policies"][name])
-        rows.append([f"`{name}`", saved["algorithm"], f"{saved['step']:,}", f"{saved['score']:.1f}", mean, critics, size])
+        rows.append(
+            [f"`{name}`", saved["algorithm"], f"{saved['step']:,}", f"{saved['score']:.1f}", mean, critics, size]
+        )
     scores = ["last evaluation", f"{measured['episodes']} episodes"]
     return table(["offline/checkpoints/", "algorithm", "updates", *scores, "holds", "size"], rows)
 

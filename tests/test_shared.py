@@ -121,8 +121,28 @@ def test_documented_commands_parse():
                     pytest.fail(f"{where}: python {script} {shlex.join(argv)}")
 
 
-def test_the_default_checkpoint_ships_and_fits():
-    args = importlib.import_module("o2o_sac").Args()
-    path = ROOT / "offline/checkpoints" / args.env_id / "cql.pt"
-    _, saved = importlib.import_module("o2o_sac").load_policy(path, args.env_id, 11, 3, 0.1)
-    assert saved["step"] >= 100_000 and path.stat().st_size < 2_000_000
+SHIPPED = sorted((ROOT / "offline/checkpoints").glob("*-v2/*.pt"))
+SIZES = {"hopper": (11, 3), "walker2d": (17, 6), "halfcheetah": (17, 6)}  # observations, actions
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_a_shipped_policy_is_small_tells_nothing_of_where_it_was_made_and_is_loaded(path):
+    task, algorithm = path.parent.name, path.stem.removesuffix("_5")
+    scripts = {"cql": "o2o_sac", "td3_bc": "o2o_td3", "iql": "o2o_ppo", "lapo": "o3f"}
+    if path.stem in ("lapo", "iql_5"):
+        script = importlib.import_module("o3f")
+        args = script.Args(env_id=task, base=algorithm)
+        _, saved = script.load_base(path, args, *SIZES[task.split("-")[0]], bf16=False)
+    else:
+        script = importlib.import_module(scripts[path.stem])
+        _, saved = script.load_policy(path, task, *SIZES[task.split("-")[0]], 0.1)
+    assert (saved["algorithm"], saved["env_id"], saved["dataset"]) == (algorithm, task, f"o2o/{task}")
+    assert saved["step"] >= 50_000
+    assert path.stat().st_size < (6_000_000 if algorithm == "lapo" else 2_000_000)  # LAPO: five critics of three layers
+    assert not [value for value in saved["args"].values() if isinstance(value, str) and value.startswith("/")]
+
+
+def test_the_default_task_has_a_policy_for_every_script():
+    assert {path.name for path in SHIPPED if path.parent.name == "hopper-medium-v2"} >= {
+        *("cql.pt", "td3_bc.pt", "iql.pt", "iql_5.pt", "lapo.pt")
+    }
