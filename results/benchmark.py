@@ -80,7 +80,7 @@ STUDIES = {
     f"alignment-{n}": f"{SAC} --alignment-steps {n} --online-steps 4000 {FAST}"
     for n in (25_000, 50_000, 100_000, 200_000)
 }
-STUDIES |= {f"alpha-{a}": f"{SAC} --online-steps 0 {FAST} --alpha {a}" for a in (0.05, 0.1, 0.2, 0.5, 1.0)}
+STUDIES |= {f"alpha-{a}": f"{SAC} --online-steps 0 {FAST} --alpha {a}" for a in (0.05, 0.1, 0.5, 1.0)}  # 0.2 is `full`
 PRETRAINING = {  # the offline algorithm that a fine-tuning run starts from: script, published budget
     "cql": ("cql", "--updates 100000"),
     "td3_bc": ("td3_bc", "--updates 200000"),

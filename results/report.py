@@ -193,12 +193,15 @@ def alpha_table(runs):
 
 
 def alphas(runs):
-    """-> [(alpha, [curve of the scores during alignment, one a seed])]"""
+    """-> [(alpha, [curve of the scores during alignment, one a seed])]; the method itself has the default, 0.2."""
     found = defaultdict(list)
     for run in runs:
         if run["script"] == "o2o_sac" and run["variant"].startswith("alpha-"):
-            found[float(run["variant"].removeprefix("alpha-"))].append(stage_of(run, "align"))
-    return sorted(found.items())
+            found[run["task"], float(run["variant"].removeprefix("alpha-"))].append(stage_of(run, "align"))
+    for run in runs:
+        if (run["script"], run["variant"]) == ("o2o_sac", "full") and run["task"] in {task for task, _ in found}:
+            found[run["task"], 0.2].append(stage_of(run, "align"))
+    return [(alpha, curves) for (_, alpha), curves in sorted(found.items())]
 
 
 def critics(results):

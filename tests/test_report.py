@@ -113,6 +113,11 @@ def test_runs_outside_the_main_tables_are_enough(tmp_path, variant):
     text = (tmp_path / "report.md").read_text()
     assert ("| 0.1 | 1 | 15.0 | 35.0 | 10.0 |" in text) == (variant == "alpha-0.1")
     assert len((tmp_path / "runs.csv").read_text().splitlines()) == 2
+    run_folder(tmp_path, "o2o_sac", "full", 2, [40.0, 60.0, 70.0])  # the default alpha, and the table's if there is one
+    shutil.copy(folder / "metrics.jsonl", tmp_path / "o2o_sac" / TASK / "full" / "2" / "metrics.jsonl")
+    report.main(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert ("| 0.2 | 1 | 15.0 | 35.0 | 10.0 |" in text) == (variant == "alpha-0.1")
 
 
 def test_no_runs_is_said(tmp_path):
