@@ -29,6 +29,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 HOPPER = "hopper-medium-v2"
+OTHERS = ("walker2d-medium-v2", "halfcheetah-medium-v2", "hopper-medium-replay-v2")  # the methods alone, three seeds
 FAST = "--matmul-precision medium"  # bf16 products: the published runs, except those of the default commands
 # What the published runs used, and the papers' budgets (--paper)
 SAC = "--reevaluation-steps 100000 --alignment-steps 15000 --eval-every 500 --eval-every-updates 2500"
@@ -94,7 +95,7 @@ PRETRAINING = {  # the offline algorithm that a fine-tuning run starts from: scr
 class Args:
     list: bool = False  # print the commands and their number, run nothing
     script: tuple[Literal["o2o_sac", "o2o_td3", "o2o_ppo", "o3f", "critics"], ...] = ()  # only these; none named: all
-    task: tuple[str, ...] = (HOPPER,)  # on these tasks
+    task: tuple[str, ...] = ()  # all variants on these tasks; none named: the published runs
     variant: tuple[str, ...] = ()  # only these: full, no-align, ... as --list shows them
     seed: tuple[int, ...] = (1, 2, 3, 4, 5)  # these seeds
     paper: bool = False  # the papers' budgets instead of the published ones
@@ -178,11 +179,13 @@ def all_jobs(args):
         fine_tuning.append(Job(path, task, variant, seed, last_of_each(words), policy))
 
     for script, variants in EXPERIMENTS.items():
-        for task in args.task:
+        for task in args.task or (HOPPER, *OTHERS):
+            short = not args.task and task in OTHERS
             for variant, flags in variants.items():
                 for seed in args.seed:
-                    add(script, task, variant, seed, flags)
-        if HOPPER in args.task and 1 in args.seed and not args.paper:
+                    if not short or (variant in ("full", "iql") and seed <= 3):
+                        add(script, task, variant, seed, flags)
+        if HOPPER in (args.task or (HOPPER,)) and 1 in args.seed and not args.paper:
             if script in DEFAULTS:
                 add(script, HOPPER, "default", 1, DEFAULTS[script])
             for variant, flags in STUDIES.items() if script == "o2o_sac" else ():

@@ -145,12 +145,12 @@ def aggregate_table(runs):
     rows = []
     for title, tasks in aggregate(runs).items():
         every = [run for found in tasks.values() for run in found]
-        seeds, steps = ({run[key] for run in every} for key in ("seed", "online_steps"))
+        steps = {run["online_steps"] for run in every}
         selection = f"{np.mean([run['selection_steps'] for run in every]):,.0f}"
         columns = ("offline", "final", "auc", "lowest", "initial_drop")
         cells = [cell([[run[column] for run in found] for found in tasks.values()]) for column in columns]
-        rows.append([title, len(tasks), len(seeds), " / ".join(f"{n:,}" for n in sorted(steps)), selection, *cells])
-    head = ["method", "tasks", "seeds", "online steps", "selection steps"]
+        rows.append([title, len(tasks), len(every), " / ".join(f"{n:,}" for n in sorted(steps)), selection, *cells])
+    head = ["method", "tasks", "runs", "online steps", "selection steps"]
     scores = ["offline", "last 5 evaluations", "mean online", "lowest online", "initial drop"]
     return table([*head, *scores], rows)
 
@@ -283,8 +283,11 @@ def draw_bars(bars, axis):
 
 
 def draw_ablations(runs, path):
-    """The mean of the last five evaluations of every variant, all tasks together; the offline policy as a line."""
+    """The mean of the last five evaluations of every variant, over the tasks that have several; the offline policy as a
+    line."""
     groups = {group: tasks for group in METHODS if (tasks := chosen(runs, group))}
+    for group, tasks in groups.items():
+        groups[group] = {task: found for task, found in tasks.items() if len(found) > 1} or tasks
     drawing, axes = plt.subplots(1, len(groups), figsize=(3.4 * len(groups), 2.6), layout="constrained", squeeze=False)
     for axis, (group, tasks) in zip(axes[0], groups.items(), strict=True):
         bars = []

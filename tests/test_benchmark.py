@@ -62,8 +62,13 @@ def test_filters():
     lines = run("--list", "--script", "o2o_td3", "o2o_ppo", "--variant", "full", "no-constrain", "--seed", 2, 7)
     assert "no command" in run("--index", 5000, expect=1)
     names = [line.split("--run-dir ")[1] for line in lines.splitlines() if line.startswith("python")]
-    expected = [("o2o_td3", "full"), ("o2o_td3", "no-constrain"), ("o2o_ppo", "full")]
-    assert names == [f"runs/benchmark/{s}/{TASK}/{v}/{seed}" for s, v in expected for seed in (2, 7)]
+    expected = []
+    for script, variants in (("o2o_td3", ("full", "no-constrain")), ("o2o_ppo", ("full",))):
+        expected += [f"{script}/{TASK}/{variant}/{seed}" for variant in variants for seed in (2, 7)]
+        expected += [f"{script}/{task}/full/2" for task in benchmark.OTHERS]  # there three seeds of the method alone
+    assert names == [f"runs/benchmark/{name}" for name in expected]
+    lines = run("--list", "--script", "o2o_td3", "--task", benchmark.OTHERS[0]).splitlines()
+    assert len(lines) - 1 == 5 * len(benchmark.EXPERIMENTS["o2o_td3"])  # everything, on a task that is named
     assert "no command" in run("--script", "o2o_ppo", "--variant", "no-constrain", expect=1)
 
 
@@ -88,7 +93,7 @@ def test_published_runs_used_the_listed_flags():
 
 
 def test_pretrains_for_each_seed_skips_what_is_complete_and_resumes_what_was_cut_off(tmp_path):
-    words = ("--script", "o2o_td3", "--variant", "full", "--seed", 1, 2, "--pretrain", "--workers", 2)
+    words = ("--script", "o2o_td3", "--task", TASK, "--variant", "full", "--seed", 1, 2, "--pretrain", "--workers", 2)
     words += (f"--flags={TINY}", f"--offline-flags={OFFLINE}", "--results", tmp_path)
     run(*words)
     folder = tmp_path / "o2o_td3" / TASK / "full" / "2"
@@ -113,7 +118,8 @@ def test_pretrains_for_each_seed_skips_what_is_complete_and_resumes_what_was_cut
 
 
 def test_a_run_that_fails_is_named(tmp_path):
-    words = ("--script", "o2o_td3", "--variant", "full", "no-align", "--seed", 1, "--results", tmp_path)
+    words = ("--script", "o2o_td3", "--task", TASK, "--variant", "full", "no-align", "--seed", 1)
+    words += ("--results", tmp_path)
     text = run(*words, f"--flags={TINY} --offline-data nothing", expect=1)
     assert "2 of 2 runs failed: o2o_td3 hopper-medium-v2 full 1; o2o_td3 hopper-medium-v2 no-align 1" in text
     text = run(*words, "--pretrain", f"--flags={TINY}", f"--offline-flags={OFFLINE} --tau none", expect=1)
@@ -126,8 +132,8 @@ def test_slurm_submits_arrays_whose_tasks_run_the_list(tmp_path):
     sbatch.parent.mkdir()
     sbatch.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> {tmp_path}/calls\necho "77;cluster"\n')
     sbatch.chmod(0o755)
-    words = ("--script", "o2o_td3", "--variant", "full", "--seed", 1, 2, "--pretrain", "--results", tmp_path / "runs")
-    words += (f"--flags={TINY}", f"--offline-flags={OFFLINE}")
+    words = ("--script", "o2o_td3", "--task", TASK, "--variant", "full", "--seed", 1, 2, "--pretrain")
+    words += ("--results", tmp_path / "runs", f"--flags={TINY}", f"--offline-flags={OFFLINE}")
     run(
         *words,
         "--engine",
@@ -138,18 +144,10 @@ def test_slurm_submits_arrays_whose_tasks_run_the_list(tmp_path):
     assert offline[0] == "--parsable --array=0,1"
     assert online[0] == "--parsable --array=2,3 --dependency=afterany:77"
     # what the cluster would do with the second task of each array; the flags reach the script as they were given
-    job = benchmark.all_jobs(benchmark.Args(script=("o2o_td3",), variant=("full",), seed=(1, 2), pretrain=True))[3]
-    passed = benchmark.again(
-        benchmark.Args(
-            script=("o2o_td3",),
-            variant=("full",),
-            seed=(1, 2),
-            pretrain=True,
-            results=tmp_path / "runs",
-            flags=TINY,
-            offline_flags=OFFLINE,
-        )
-    )
+    chosen = {"script": ("o2o_td3",), "task": (TASK,), "variant": ("full",), "seed": (1, 2), "pretrain": True}
+    job = benchmark.all_jobs(benchmark.Args(**chosen))[3]
+    chosen |= {"results": tmp_path / "runs", "flags": TINY, "offline_flags": OFFLINE}
+    passed = benchmark.again(benchmark.Args(**chosen))
     assert online[1] == " ".join(passed)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     for index in ("1", "3"):
@@ -195,7 +193,7 @@ def test_ray_goes_on_after_a_node_was_killed(tmp_path):
             time.sleep(0.5)
         nodes.append(subprocess.Popen([*start, f"--address={address}"], **quiet))
         long = f"{TINY} --online-steps 600 --eval-every 100"
-        words = ["--script", "o2o_td3", "--variant", "full", "no-align", "--seed", "1", "2", "3", "4"]
+        words = ["--script", "o2o_td3", "--task", TASK, "--variant", "full", "no-align", "--seed", "1", "2", "3", "4"]
         words = [sys.executable, "results/benchmark.py", *words, "--engine", "ray", "--results", str(tmp_path)]
         log = open(tmp_path / "driver.txt", "w")
         environment |= {"RAY_ADDRESS": address}
