@@ -634,22 +634,22 @@ def numbers(**values):
 def train_offline(run, args, stage, steps, update, rows, act_dim, check):
     """The loop of the stages on offline data: `steps` updates on batches of `rows`. Every eval_every_updates it logs
     the update's numbers and those of `check(step)`, and saves."""
-    progress, device, seconds, counted = run.progress, rows.device, 0.0, 0
+    progress, device, clock, counted = run.progress, rows.device, time.time(), 0
     blocks = range(progress["step"], steps, 100)  # a block draws its random numbers at once
     for start in tqdm(blocks, desc=stage, unit="00 updates", disable=None):
-        count, clock = min(100, steps - start), time.time()
+        count = min(100, steps - start)
         index = torch.randint(len(rows), (count, args.batch_size), generator=run.generator, device=device)
         noise = torch.randn(count, 2, args.batch_size, act_dim, generator=run.generator, device=device)
         for i in range(count):
             values = update(rows[index[i]], noise[i])
-        step, counted, seconds = start + count, counted + count, seconds + time.time() - clock
-        progress["step"] = step
+        progress["step"] = step = start + count
+        counted += count
         if step // args.eval_every_updates > start // args.eval_every_updates or step == steps:
-            values = run.finite(stage, step, values) | check(step)
-            progress["updates_per_second"][stage] = values["updates_per_second"] = counted / seconds
-            report(run, stage, step, values)
+            values = run.finite(stage, step, values)  # waits for the device, so the clock is right on a GPU too
+            progress["updates_per_second"][stage] = values["updates_per_second"] = counted / (time.time() - clock)
+            report(run, stage, step, values | check(step))
             run.save()
-            seconds, counted = 0.0, 0
+            clock, counted = time.time(), 0
 
 
 # end shared
@@ -751,7 +751,7 @@ def train_online(run, args, update, data, device, score_of, scaler):
                 values = update(rows[index], scale)
                 counted += 1
         if device.type == "cuda":
-            torch.cuda.synchronize()  # the clock should not stop before the work is done; once an iteration is cheap
+            torch.cuda.synchronize()  # for the clock; once an iteration is cheap
         seconds += time.time() - clock
         progress["step"] = progress["online_steps"] = step
         if args.reference == "interval" and step // args.reference_every > before // args.reference_every:

@@ -716,22 +716,22 @@ def numbers(**values):
 def train_offline(run, args, stage, steps, update, rows, act_dim, check):
     """The loop of the stages on offline data: `steps` updates on batches of `rows`. Every eval_every_updates it logs
     the update's numbers and those of `check(step)`, and saves."""
-    progress, device, seconds, counted = run.progress, rows.device, 0.0, 0
+    progress, device, clock, counted = run.progress, rows.device, time.time(), 0
     blocks = range(progress["step"], steps, 100)  # a block draws its random numbers at once
     for start in tqdm(blocks, desc=stage, unit="00 updates", disable=None):
-        count, clock = min(100, steps - start), time.time()
+        count = min(100, steps - start)
         index = torch.randint(len(rows), (count, args.batch_size), generator=run.generator, device=device)
         noise = torch.randn(count, 2, args.batch_size, act_dim, generator=run.generator, device=device)
         for i in range(count):
             values = update(rows[index[i]], noise[i])
-        step, counted, seconds = start + count, counted + count, seconds + time.time() - clock
-        progress["step"] = step
+        progress["step"] = step = start + count
+        counted += count
         if step // args.eval_every_updates > start // args.eval_every_updates or step == steps:
-            values = run.finite(stage, step, values) | check(step)
-            progress["updates_per_second"][stage] = values["updates_per_second"] = counted / seconds
-            report(run, stage, step, values)
+            values = run.finite(stage, step, values)  # waits for the device, so the clock is right on a GPU too
+            progress["updates_per_second"][stage] = values["updates_per_second"] = counted / (time.time() - clock)
+            report(run, stage, step, values | check(step))
             run.save()
-            seconds, counted = 0.0, 0
+            clock, counted = time.time(), 0
 
 
 # end shared
@@ -816,6 +816,8 @@ def train_online(run, args, update, data, device, score_of):
             for i in range(args.updates_per_step):
                 count = (step - 1) * args.updates_per_step + i + 1
                 values = update(buffer[index[i]], noise[i], limit, count % args.policy_delay == 0)
+            if device.type == "cuda":
+                torch.cuda.synchronize()  # for the clock; the next action would wait for the updates anyway
             counted, seconds = counted + args.updates_per_step, seconds + time.time() - clock
         progress["step"] = progress["online_steps"] = step
         if args.reference == "interval" and step % args.reference_every == 0:

@@ -805,6 +805,8 @@ def train(args, run, data, nets, saved, device):
         for i in range(args.updates_per_step):
             pair = torch.randperm(saved["num_critics"], generator=generator, device=device)[:2]
             values = update(buffer[index[i]], noises[i], pair)
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # for the clock; the next action would wait for the updates anyway
         counted, seconds = counted + args.updates_per_step, seconds + time.time() - clock
         progress["step"] = progress["online_steps"] = step
         if step % args.eval_every and step != args.online_steps:
