@@ -183,7 +183,7 @@ def all_jobs(args):
             short = not args.task and task in OTHERS
             for variant, flags in variants.items():
                 for seed in args.seed:
-                    if not short or (variant in ("full", "iql") and seed <= 3):
+                    if not short or (variant in ("full", "full-8000", "iql") and seed <= 3):
                         add(script, task, variant, seed, flags)
         if HOPPER in (args.task or (HOPPER,)) and 1 in args.seed and not args.paper:
             if script in DEFAULTS:

@@ -40,13 +40,15 @@ GROUPS = {  # table -> its script, and the title of each variant in it; the firs
     "o3f_lapo": ("o3f", {"lapo": "O3F, ω = 0", "lapo-omega-1": "O3F, ω = 1", "lapo-noise": "action noise"}),
     "alignment": ("o2o_sac", {f"alignment-{n}": f"{n:,} updates" for n in (25_000, 50_000, 100_000, 200_000)}),
 }
-METHODS = {
-    "o2o_sac": "O2SAC",
-    "o2o_td3": "O2TD3",
-    "o2o_ppo": "O2PPO",
-    "o3f_iql": "O3F on IQL",
-    "o3f_lapo": "O3F on LAPO",
+METHODS = {  # title -> its table, its variant there
+    "O2SAC": ("o2o_sac", "full"),
+    "O2SAC, 8,000 steps": ("o2o_sac", "full-8000"),
+    "O2TD3": ("o2o_td3", "full"),
+    "O2PPO": ("o2o_ppo", "full"),
+    "O3F on IQL": ("o3f_iql", "iql"),
+    "O3F on LAPO": ("o3f_lapo", "lapo"),
 }
+TITLES = {group: title for title, (group, variant) in METHODS.items() if variant != "full-8000"}
 CRITICS = {"fixed": "re-evaluated, fixed", "iterated": "re-evaluated, iterated", "aligned": "aligned"}
 COLUMNS = ["offline", "aligned", "initial_drop", "lowest", "auc", "final", "acting", "best"]
 HEADINGS = ["offline", "aligned", "initial drop", "lowest online", "mean online", "last 5 evaluations", "while acting"]
@@ -88,6 +90,12 @@ def chosen(runs, group):
     return tasks
 
 
+def studied(tasks):
+    """Of what `chosen` found the tasks that have more than the method itself, if there are any."""
+    method = {variant for _, variant in METHODS.values()}
+    return {task: found for task, found in tasks.items() if set(found) - method} or tasks
+
+
 def interval(strata):
     """Interquartile mean of all numbers in `strata`, a list of arrays (seeds,), one a task, and its 95 % bootstrap
     interval: seeds are drawn anew within each task. -> mean, low, high; the last two None if no task has two seeds."""
@@ -120,7 +128,7 @@ def table(head, rows):
 
 
 def group_table(runs, group):
-    rows, tasks = [], chosen(runs, group)
+    rows, tasks = [], studied(chosen(runs, group))
     every = [run for variants in tasks.values() for found in variants.values() for run in found]
     shown = [i for i in range(len(HEADINGS)) if any(run[COLUMNS[i]] is not None for run in every)]
     for task, variants in tasks.items():
@@ -133,24 +141,26 @@ def group_table(runs, group):
 def aggregate(runs):
     """-> {title of the method: {task: its runs}}"""
     found = {}
-    for group, title in METHODS.items():
-        main = next(iter(GROUPS[group][1]))
-        tasks = {task: variants[main] for task, variants in chosen(runs, group).items() if main in variants}
+    for title, (group, variant) in METHODS.items():
+        tasks = {task: variants[variant] for task, variants in chosen(runs, group).items() if variant in variants}
         if tasks:
             found[title] = tasks
     return found
 
 
 def aggregate_table(runs):
+    """A row for each method on each task, and one for all its tasks together."""
     rows = []
     for title, tasks in aggregate(runs).items():
-        every = [run for found in tasks.values() for run in found]
-        steps = {run["online_steps"] for run in every}
-        selection = f"{np.mean([run['selection_steps'] for run in every]):,.0f}"
-        columns = ("offline", "final", "auc", "lowest", "initial_drop")
-        cells = [cell([[run[column] for run in found] for found in tasks.values()]) for column in columns]
-        rows.append([title, len(tasks), len(every), " / ".join(f"{n:,}" for n in sorted(steps)), selection, *cells])
-    head = ["method", "tasks", "runs", "online steps", "selection steps"]
+        together = {f"all {len(tasks)}": tasks} if len(tasks) > 1 else {}
+        for name, strata in {**{task: {task: found} for task, found in tasks.items()}, **together}.items():
+            every = [run for found in strata.values() for run in found]
+            steps = {run["online_steps"] for run in every}
+            selection = f"{np.mean([run['selection_steps'] for run in every]):,.0f}"
+            columns = ("offline", "final", "auc", "lowest", "initial_drop")
+            cells = [cell([[run[column] for run in found] for found in strata.values()]) for column in columns]
+            rows.append([title, name, len(every), " / ".join(f"{n:,}" for n in sorted(steps)), selection, *cells])
+    head = ["method", "task", "runs", "online steps", "selection steps"]
     scores = ["offline", "last 5 evaluations", "mean online", "lowest online", "initial drop"]
     return table([*head, *scores], rows)
 
@@ -249,7 +259,7 @@ def plot_band(axis, curves, label, color):
 
 def draw_curves(runs, group, path):
     """Scores during alignment and online, one row of panels a task."""
-    tasks, titles = chosen(runs, group), GROUPS[group][1]
+    tasks, titles = studied(chosen(runs, group)), GROUPS[group][1]
     every = [run for variants in tasks.values() for found in variants.values() for run in found]
     stages = [stage for stage in STAGES if any(stage_of(run, stage) for run in every)]
     size = (5 * len(stages), 3.8 * len(tasks))
@@ -272,6 +282,25 @@ def draw_curves(runs, group, path):
     save(drawing, path)
 
 
+def draw_tasks(runs, path):
+    """Scores online of every method, one panel a task."""
+    found = aggregate(runs)
+    tasks = sorted({task for by_task in found.values() for task in by_task})
+    titles = [title for title in found if title != "O2SAC" or "O2SAC, 8,000 steps" not in found]  # the same, continued
+    size = {"figsize": (3.6 * len(tasks), 2.6 * len(titles)), "layout": "constrained", "squeeze": False}
+    drawing, axes = plt.subplots(len(titles), len(tasks), **size, sharey="col")
+    for row, title in zip(axes, titles, strict=True):
+        for axis, task in zip(row, tasks, strict=True):
+            if task not in found[title]:
+                axis.axis("off")
+                continue
+            plot_band(axis, [stage_of(run, "online") for run in found[title][task]], title, "C0")
+            axis.axhline(np.mean([run["offline"] for run in found[title][task]]), color="black", linestyle="--")
+            axis.set(title=f"{title}: {task}", xlabel="environment steps")
+            axis.title.set_size(9)
+    save(drawing, path)
+
+
 def draw_bars(bars, axis):
     """bars: [(label, strata, colour)], interquartile means with their intervals."""
     for i, (_, strata, color) in enumerate(bars):
@@ -285,9 +314,7 @@ def draw_bars(bars, axis):
 def draw_ablations(runs, path):
     """The mean of the last five evaluations of every variant, over the tasks that have several; the offline policy as a
     line."""
-    groups = {group: tasks for group in METHODS if (tasks := chosen(runs, group))}
-    for group, tasks in groups.items():
-        groups[group] = {task: found for task, found in tasks.items() if len(found) > 1} or tasks
+    groups = {group: studied(tasks) for group in TITLES if (tasks := chosen(runs, group))}
     drawing, axes = plt.subplots(1, len(groups), figsize=(3.4 * len(groups), 2.6), layout="constrained", squeeze=False)
     for axis, (group, tasks) in zip(axes[0], groups.items(), strict=True):
         bars = []
@@ -298,7 +325,7 @@ def draw_ablations(runs, path):
         draw_bars(bars, axis)
         offline = [run["offline"] for variants in tasks.values() for found in variants.values() for run in found]
         axis.axvline(np.mean(offline), color="black", linestyle="--")
-        axis.set(title=METHODS[group], xlabel="last 5 evaluations")
+        axis.set(title=TITLES[group], xlabel="last 5 evaluations")
     save(drawing, path)
 
 
@@ -380,12 +407,14 @@ def main(results=RESULTS):
         (results / "report.md").write_text(
             "\n\n".join(f"## {name}\n\n{lines}" for name, lines in tables.items()) + "\n"
         )
-    for group in METHODS:
+    for group in TITLES:
         if chosen(runs, group):
             draw_curves(runs, group, results / f"{group}.png")
     if aggregate(runs):
         draw_ablations(runs, results / "ablations.png")
         draw_aggregate(runs, results / "aggregate.png")
+    if len({task for tasks in aggregate(runs).values() for task in tasks}) > 1:
+        draw_tasks(runs, results / "tasks.png")
     if alphas(runs):
         draw_alphas(runs, results / "alpha.png")
     if curves:

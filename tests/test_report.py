@@ -72,8 +72,8 @@ def test_the_bootstrap_is_stratified_by_task():
     assert high - low < 0.2 * (wide_high - wide_low)
 
 
-def run_folder(root, script, variant, seed, scores, status="complete"):
-    folder = root / script / TASK / variant / str(seed)
+def run_folder(root, script, variant, seed, scores, status="complete", task=TASK):
+    folder = root / script / task / variant / str(seed)
     folder.mkdir(parents=True)
     summary = {"status": status, "offline_score": 50.0, "aligned_score": None, "initial_drop": 1.0, "auc": 60.0}
     summary |= {"final_score": scores[-1], "best_score": max(scores), "online_steps": 30, "selection_steps": 0}
@@ -101,6 +101,24 @@ def test_tables_of_runs_made_by_hand(tmp_path):
         f"o2o_td3,{TASK},full,1,50.00,,1.00,40.00,60.00,70.00,37.50,70.00,30"
     )
     assert len((tmp_path / "curves.csv").read_text().splitlines()) == 1 + 4 * 5
+
+
+def test_tasks_with_the_method_alone_stay_out_of_the_ablations(tmp_path):
+    """An ablation that ran on one task is compared with the method on that task, not with its mean over all."""
+    for task, last in ((TASK, 80.0), ("walker2d-medium-v2", 20.0)):
+        run_folder(tmp_path, "o2o_td3", "full", 1, [40.0, 60.0, last], task=task)
+    run_folder(tmp_path, "o2o_td3", "no-align", 1, [40.0, 60.0, 70.0])
+    report.main(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    rows = [[word.strip() for word in row.strip("|").split("|")] for row in text.splitlines() if row.startswith("| ")]
+    assert [(row[1], row[2], row[6]) for row in rows if row[0] == "O2TD3"] == [
+        (TASK, "1", "80.0"),
+        ("walker2d-medium-v2", "1", "20.0"),
+        ("all 2", "2", "50.0"),
+    ]
+    ablations = text.split("## o2o_td3\n\n")[1]
+    assert "| full method | 1 |" in ablations and "walker2d" not in ablations
+    assert (tmp_path / "tasks.png").exists()
 
 
 @pytest.mark.parametrize("variant", ["default", "alpha-0.1"])
