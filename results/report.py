@@ -139,7 +139,7 @@ def group_table(runs, group):
 
 
 def aggregate(runs):
-    """-> {title of the method: {task: its runs}}"""
+    """-> {title of the method: {task: its runs}}, ordered by seed"""
     found = {}
     for title, (group, variant) in METHODS.items():
         tasks = {task: variants[variant] for task, variants in chosen(runs, group).items() if variant in variants}
@@ -148,11 +148,17 @@ def aggregate(runs):
     return found
 
 
+def balanced(tasks):
+    """The first seeds of each task, as many as the task with the fewest has: else tasks with more would count more."""
+    seeds = min(map(len, tasks.values()))
+    return {task: found[:seeds] for task, found in tasks.items()}
+
+
 def aggregate_table(runs):
     """A row for each method on each task, and one for all its tasks together."""
     rows = []
     for title, tasks in aggregate(runs).items():
-        together = {f"all {len(tasks)}": tasks} if len(tasks) > 1 else {}
+        together = {f"all {len(tasks)}": balanced(tasks)} if len(tasks) > 1 else {}
         for name, strata in {**{task: {task: found} for task, found in tasks.items()}, **together}.items():
             every = [run for found in strata.values() for run in found]
             steps = {run["online_steps"] for run in every}
@@ -283,21 +289,25 @@ def draw_curves(runs, group, path):
 
 
 def draw_tasks(runs, path):
-    """Scores online of every method, one panel a task."""
-    found = aggregate(runs)
+    """Scores online of the methods that ran on several tasks: one column a method, one row a task."""
+    found = {title: tasks for title, tasks in aggregate(runs).items() if len(tasks) > 1}
+    if "O2SAC, 8,000 steps" in found:
+        found.pop("O2SAC", None)  # the same runs, shorter
+    if not found:
+        return
     tasks = sorted({task for by_task in found.values() for task in by_task})
-    titles = [title for title in found if title != "O2SAC" or "O2SAC, 8,000 steps" not in found]  # the same, continued
-    size = {"figsize": (3.6 * len(tasks), 2.6 * len(titles)), "layout": "constrained", "squeeze": False}
-    drawing, axes = plt.subplots(len(titles), len(tasks), **size, sharey="col")
-    for row, title in zip(axes, titles, strict=True):
-        for axis, task in zip(row, tasks, strict=True):
-            if task not in found[title]:
-                axis.axis("off")
-                continue
-            plot_band(axis, [stage_of(run, "online") for run in found[title][task]], title, "C0")
-            axis.axhline(np.mean([run["offline"] for run in found[title][task]]), color="black", linestyle="--")
-            axis.set(title=f"{title}: {task}", xlabel="environment steps")
-            axis.title.set_size(9)
+    size = {"figsize": (3.2 * len(found), 2.4 * len(tasks)), "layout": "constrained", "squeeze": False}
+    drawing, axes = plt.subplots(len(tasks), len(found), **size, sharey="row", sharex="col")
+    for row, task in zip(axes, tasks, strict=True):
+        row[0].set_ylabel(f"{task}\nscore", fontsize=8)
+        for axis, (title, by_task) in zip(row, found.items(), strict=True):
+            if task in by_task:
+                plot_band(axis, [stage_of(run, "online") for run in by_task[task]], title, "C0")
+                axis.axhline(np.mean([run["offline"] for run in by_task[task]]), color="black", linestyle="--")
+    for top, bottom, title in zip(axes[0], axes[-1], found, strict=True):
+        top.set_title(title, fontsize=10)
+        bottom.set_xlabel("environment steps")
+        bottom.locator_params(axis="x", nbins=4)
     save(drawing, path)
 
 
@@ -330,9 +340,10 @@ def draw_ablations(runs, path):
 
 
 def draw_aggregate(runs, path):
-    """Offline and fine-tuned score of each method, over all its tasks and seeds."""
+    """Offline and fine-tuned score of each method, over all its tasks."""
     bars = []
     for title, tasks in aggregate(runs).items():
+        tasks = balanced(tasks)
         for column, label, color in (("offline", "offline", "0.7"), ("final", "fine-tuned", "C0")):
             bars.append((f"{title}, {label}", [[run[column] for run in found] for found in tasks.values()], color))
     drawing, axis = plt.subplots(figsize=(6, 0.3 * len(bars) + 1), layout="constrained")
@@ -413,7 +424,6 @@ def main(results=RESULTS):
     if aggregate(runs):
         draw_ablations(runs, results / "ablations.png")
         draw_aggregate(runs, results / "aggregate.png")
-    if len({task for tasks in aggregate(runs).values() for task in tasks}) > 1:
         draw_tasks(runs, results / "tasks.png")
     if alphas(runs):
         draw_alphas(runs, results / "alpha.png")
