@@ -304,6 +304,8 @@ def draw_tasks(runs, path):
             if task in by_task:
                 plot_band(axis, [stage_of(run, "online") for run in by_task[task]], title, "C0")
                 axis.axhline(np.mean([run["offline"] for run in by_task[task]]), color="black", linestyle="--")
+            else:
+                axis.text(0.5, 0.5, "not run", transform=axis.transAxes, ha="center")
     for top, bottom, title in zip(axes[0], axes[-1], found, strict=True):
         top.set_title(title, fontsize=10)
         bottom.set_xlabel("environment steps")
