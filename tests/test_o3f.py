@@ -1,6 +1,7 @@
 """Optimistic action selection on LAPO and IQL, and LAPO itself."""
 
 import json
+import time
 from copy import deepcopy
 
 import gymnasium as gym
@@ -339,6 +340,21 @@ def test_evaluating_more_often_changes_no_training_number(tiny_o3f, tmp_path):
     for every in (2, 8):
         o3f.main(tiny_o3f(run_dir=str(tmp_path / str(every)), eval_every=every))
     assert_same(weights(tmp_path / "2"), weights(tmp_path / "8"))
+
+
+def test_the_rate_of_updates_counts_no_evaluation(tiny_o3f, tmp_path, monkeypatch):
+    real, now, late = o3f.evaluate, time.time, []
+
+    def takes_an_hour(*rest):
+        late.append(3600.0)
+        return real(*rest)
+
+    monkeypatch.setattr(o3f, "evaluate", takes_an_hour)
+    monkeypatch.setattr(time, "time", lambda: now() + sum(late))
+    o3f.main(tiny_o3f())
+    rates = [row["online/updates_per_second"] for row in metrics(tmp_path / "run") if row["step"]]
+    assert len(late) == 3 and len(rates) == 2
+    assert min(rates) > 1, rates  # counting one of those hours gives 8 / 3600
 
 
 def test_settings_are_those_of_the_offline_training_unless_given(tiny_o3f, bases):

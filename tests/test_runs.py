@@ -389,6 +389,29 @@ def test_offline_training_resumes_exactly(module, tmp_path, monkeypatch):
     assert saved["algorithm"] == module.__name__ and saved["step"] == 6 and saved["policy"]["kind"] == kind
 
 
+@pytest.mark.parametrize("name", ["o2o_sac", "o2o_td3", "o2o_ppo", "cql", "td3_bc", "iql", "lapo"])
+def test_the_rate_of_updates_counts_no_evaluation(name, checkpoints, tmp_path, monkeypatch):
+    module = sys.modules[name]
+    real, now, late = module.evaluate, time.time, []
+
+    def takes_an_hour(*rest):
+        late.append(3600.0)
+        return real(*rest)
+
+    monkeypatch.setattr(module, "evaluate", takes_an_hour)
+    monkeypatch.setattr(time, "time", lambda: now() + sum(late))
+    common = {"eval_episodes": 1, "compile": False, "run_dir": str(tmp_path / "run"), "batch_size": 8}
+    if name.startswith("o2o"):
+        budgets = {"reevaluation_steps": 200, "eval_every_updates": 100, "eval_every": 4, "online_steps": 8}
+        budgets |= {"rollout": 4, "minibatch_size": 2} if module is o2o_ppo else {"warm_up": 2, "alignment_steps": 200}
+        rates = module.main(module.Args(checkpoint=str(checkpoints[module]), **common | budgets))["updates_per_second"]
+    else:
+        module.main(module.Args(updates=6, eval_every=3, output=str(tmp_path / "policy.pt"), **common))
+        rates = {row["step"]: row["offline/updates_per_second"] for row in metrics(tmp_path / "run")}
+    assert len(late) > 1 and len(rates) > 1
+    assert all(rate > 1 for rate in rates.values()), rates  # counting one of those hours gives at most 100 / 3600
+
+
 @ON_POLICY
 @pytest.mark.parametrize("switch", ["reevaluate", "align"])
 def test_ablations_of_ppo(script, tiny, tmp_path, switch):
