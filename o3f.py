@@ -214,7 +214,11 @@ def load_dataset(env_id, dataset=None):
         episodes, make_env = read_minari(name, download=dataset is not None)
     if not episodes:
         raise UserError(f"{name} is empty")
-    env = make_env()
+    try:
+        env = make_env()
+    except (ValueError, ImportError, gym.error.Error) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{name} names no environment that can be made here ({reason}); see README, Data") from error
     if env.spec is None or env.spec.id.split("-v")[0] != gym_id.split("-v")[0]:
         raise UserError(f"{name} belongs to {env.spec and env.spec.id}, {env_id} needs {gym_id.split('-v')[0]}")
     box = env.action_space

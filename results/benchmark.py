@@ -46,16 +46,19 @@ PAPER = {  # by script, by variant, by the offline algorithm
     "interval": "--reference-every 10000",
     "lapo": "--updates-per-step 20",
 }
+NAIVE = "--no-reevaluate --no-align --no-constrain"  # the online algorithm as it is, from the offline policy
 ABLATIONS = {"full": "", "no-reevaluate": "--no-reevaluate", "no-align": "--no-align", "no-constrain": "--no-constrain"}
 OPTIMISM = {"": "", "-omega-1": "--omega 1", "-noise": "--no-optimism"}
 EXPERIMENTS = {  # script: {variant: flags}
     "o2o_sac": {
         **{variant: f"{SAC} --online-steps 4000 {FAST} {flag}" for variant, flag in ABLATIONS.items()},
+        "naive": f"{SAC} --online-steps 4000 {FAST} {NAIVE}",
         "full-8000": f"{SAC} --online-steps 8000 {FAST}",
         "interval": f"{SAC} --online-steps 8000 {FAST} --reference interval --reference-every 2000",
     },
     "o2o_td3": {
         **{variant: f"{TD3} --online-steps 50000 {FAST} {flag}" for variant, flag in ABLATIONS.items()},
+        "naive": f"{TD3} --online-steps 50000 {FAST} {NAIVE}",
         "interval": f"{TD3} --online-steps 50000 {FAST} --reference interval --reference-every 10000",
     },
     "o2o_ppo": {
@@ -95,7 +98,7 @@ PRETRAINING = {  # the offline algorithm that a fine-tuning run starts from: scr
 class Args:
     list: bool = False  # print the commands and their number, run nothing
     script: tuple[Literal["o2o_sac", "o2o_td3", "o2o_ppo", "o3f", "critics"], ...] = ()  # only these; none named: all
-    task: tuple[str, ...] = ()  # all variants on these tasks; none named: the published runs
+    task: tuple[str, ...] = ()  # all variants on these tasks; none named: the published runs, from policies that ship
     variant: tuple[str, ...] = ()  # only these: full, no-align, ... as --list shows them
     seed: tuple[int, ...] = (1, 2, 3, 4, 5)  # these seeds
     paper: bool = False  # the papers' budgets instead of the published ones
@@ -182,6 +185,9 @@ def all_jobs(args):
         for task in args.task or (HOPPER, *OTHERS):
             short = not args.task and task in OTHERS
             for variant, flags in variants.items():
+                ships = (ROOT / "offline/checkpoints" / task / f"{base_of(script, variant)}.pt").exists()
+                if short and not ships and not args.pretrain:
+                    continue
                 for seed in args.seed:
                     if not short or (variant in ("full", "full-8000", "iql") and seed <= 3):
                         add(script, task, variant, seed, flags)

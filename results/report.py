@@ -29,7 +29,7 @@ ABLATIONS = {
     "no-reevaluate": "no re-evaluation",
     "no-align": "no alignment",
     "no-constrain": "no constraint",
-    "naive": "neither",
+    "naive": "none of these (naive)",
     "interval": "full, reference replaced at intervals",
 }
 GROUPS = {  # table -> its script, and the title of each variant in it; the first is the method itself

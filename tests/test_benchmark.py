@@ -72,6 +72,16 @@ def test_filters():
     assert "no command" in run("--script", "o2o_ppo", "--variant", "no-constrain", expect=1)
 
 
+def test_the_default_list_starts_only_from_policies_that_ship():
+    jobs = benchmark.all_jobs(benchmark.Args())
+    assert {job.task for job in jobs} == {benchmark.HOPPER, *benchmark.OTHERS}
+    for job in jobs:
+        base = benchmark.base_of(Path(job.script).stem, job.variant if job.variant != "default" else "lapo")
+        assert (ROOT / "offline/checkpoints" / job.task / f"{base}.pt").exists(), job
+    everywhere = benchmark.all_jobs(benchmark.Args(pretrain=True, script=("o3f",), variant=("iql",), seed=(1,)))
+    assert {job.task for job in everywhere} == {benchmark.HOPPER, *benchmark.OTHERS}
+
+
 def test_published_runs_used_the_listed_flags():
     """What stands in results/ was made with the settings that the list names."""
     jobs, found = benchmark.all_jobs(benchmark.Args()), 0

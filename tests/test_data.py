@@ -110,6 +110,20 @@ def test_minari_dataset_made_on_the_spot(minari_store):
         o2o_sac.load_dataset("walker2d-medium-v2", write_d4rl(minari_store / "d.hdf5"))
 
 
+def test_a_minari_dataset_without_its_environment_is_refused(minari_store):
+    box = {"observation_space": gym.spaces.Box(-9, 9, (OBS,)), "action_space": gym.spaces.Box(-1, 1, (ACT,))}
+    buffer = EpisodeBuffer(
+        observations=np.zeros((3, OBS), np.float32),
+        actions=np.zeros((2, ACT), np.float32),
+        rewards=np.ones(2),
+        terminations=np.zeros(2, dtype=bool),
+        truncations=np.array([False, True]),
+    )
+    minari.create_dataset_from_buffers("mine/nowhere-v0", [buffer], author_email="a@b.c", **box)
+    with pytest.raises(o2o_sac.UserError, match="nowhere-v0 names no environment that can be made here"):
+        o2o_sac.load_dataset(TASK, "mine/nowhere-v0")
+
+
 def test_a_missing_minari_dataset_is_refused(monkeypatch, tmp_path):
     def unreachable(*args, **kwargs):
         raise ConnectionError("no network")
