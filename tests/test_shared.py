@@ -9,8 +9,10 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import torch
 import tyro
 from conftest import ROOT
+from torch import nn
 
 sys.path.insert(0, str(ROOT / "results"))
 
@@ -119,6 +121,15 @@ def test_documented_commands_parse():
             except SystemExit as stop:
                 if stop.code:  # --help ends with 0
                     pytest.fail(f"{where}: python {script} {shlex.join(argv)}")
+
+
+def test_the_documented_way_to_write_a_checkpoint_and_to_act_with_it_works(tmp_path, monkeypatch):
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    net = nn.Sequential(nn.Linear(11, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 3))
+    names = {"net": net, "mean": torch.full((11,), 0.5), "std": torch.full((11,), 2.0)}
+    monkeypatch.chdir(tmp_path)
+    exec(code, names)
+    assert torch.allclose(names["action"], net(torch.full((1, 11), -0.25)).tanh(), atol=1e-6)
 
 
 SHIPPED = sorted((ROOT / "offline/checkpoints").glob("*-v2/*.pt"))
