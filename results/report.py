@@ -290,9 +290,10 @@ def draw_curves(runs, group, path):
 
 def draw_tasks(runs, path):
     """Scores online of the methods that ran on several tasks: one column a method, one row a task."""
-    found = {title: tasks for title, tasks in aggregate(runs).items() if len(tasks) > 1}
-    if "O2SAC, 8,000 steps" in found:
-        found.pop("O2SAC", None)  # the same runs, shorter
+    methods = aggregate(runs)
+    longer = methods.pop("O2SAC, 8,000 steps", {})  # the same runs, continued, where they were
+    methods["O2SAC"] = methods.get("O2SAC", {}) | longer
+    found = {title: tasks for title, tasks in methods.items() if len(tasks) > 1}
     if not found:
         return
     tasks = sorted({task for by_task in found.values() for task in by_task})
