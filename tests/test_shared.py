@@ -149,7 +149,7 @@ def test_a_shipped_policy_is_small_tells_nothing_of_where_it_was_made_and_is_loa
         _, saved = script.load_policy(path, task, *SIZES[task.split("-")[0]], 0.1)
     assert (saved["algorithm"], saved["env_id"], saved["dataset"]) == (algorithm, task, f"o2o/{task}")
     assert saved["step"] >= 50_000
-    assert path.stat().st_size < (6_000_000 if algorithm == "lapo" else 2_000_000)  # LAPO: five critics of three layers
+    assert path.stat().st_size < (6e6 if algorithm == "lapo" else 2 * 2**20)  # LAPO: five critics of three layers
     assert not [value for value in saved["args"].values() if isinstance(value, str) and value.startswith("/")]
 
 
