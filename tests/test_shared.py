@@ -148,7 +148,7 @@ def test_a_shipped_policy_is_small_tells_nothing_of_where_it_was_made_and_is_loa
         script = importlib.import_module(scripts[path.stem])
         _, saved = script.load_policy(path, task, *SIZES[task.split("-")[0]], 0.1)
     assert (saved["algorithm"], saved["env_id"], saved["dataset"]) == (algorithm, task, f"o2o/{task}")
-    assert saved["step"] >= 50_000
+    assert saved["step"] >= (30_000 if algorithm == "lapo" else 50_000)
     assert path.stat().st_size < (6e6 if algorithm == "lapo" else 2 * 2**20)  # LAPO: five critics of three layers
     assert not [value for value in saved["args"].values() if isinstance(value, str) and value.startswith("/")]
 
