@@ -303,7 +303,10 @@ def draw_tasks(runs, path):
         row[0].set_ylabel(f"{task}\nscore", fontsize=8)
         for axis, (title, by_task) in zip(row, found.items(), strict=True):
             if task in by_task:
-                plot_band(axis, [stage_of(run, "online") for run in by_task[task]], title, "C0")
+                plot_band(axis, [stage_of(run, "online") for run in by_task[task]], "policy", "C0")
+                if acting := [curve for run in by_task[task] if (curve := stage_of(run, "acting"))]:
+                    plot_band(axis, acting, "as it acts", "C1")
+                    axis.legend(fontsize=7)
                 axis.axhline(np.mean([run["offline"] for run in by_task[task]]), color="black", linestyle="--")
             else:
                 axis.text(0.5, 0.5, "not run", transform=axis.transAxes, ha="center")
