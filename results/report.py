@@ -301,7 +301,7 @@ def draw_tasks(runs, path):
     drawing, axes = plt.subplots(len(tasks), len(found), **size, sharey="row", sharex="col")
     for row, task in zip(axes, tasks, strict=True):
         row[0].set_ylabel(f"{task}\nscore", fontsize=8)
-        for axis, (title, by_task) in zip(row, found.items(), strict=True):
+        for axis, by_task in zip(row, found.values(), strict=True):
             if task in by_task:
                 plot_band(axis, [stage_of(run, "online") for run in by_task[task]], "policy", "C0")
                 if acting := [curve for run in by_task[task] if (curve := stage_of(run, "acting"))]:
