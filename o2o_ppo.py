@@ -1,77 +1,65 @@
-"""O2PPO: from an offline policy to online PPO, an algorithm without a Q (OCR-CFT, Luo et al. 2024, arXiv 2412.18855).
+"""O2PPO: from an offline policy to online PPO without the collapse (OCR-CFT, Luo et al. 2024, arXiv 2412.18855).
 
-Started naively from an offline policy, PPO has a value function that knows nothing, and improves the policy in any
-direction that the noise of a few rollouts suggests. Two things change; only the offline *policy* is used, whatever
-trained it:
+Two mismatches make naive fine-tuning collapse. Offline values are pessimistic, so they are no estimate of what the
+policy is worth online. And an estimate, even one that is right on average, ranks other actions above the policy's own
+by error alone, so the first updates destroy the policy. Only the offline *policy* is used, whatever trained it:
 
-  1 reevaluate  learn V on the data's own returns                                   value_targets
-  2 align and   add the advantage of a reference policy to PPO's: an action that    reference_advantage,
-    finetune    pi_ref would not take counts as a bad one. Its weight falls to 0;   combined_advantage,
-                pi_ref is the best policy so far. The rest is PPO.                  clipped_surrogate
+  1 reevaluate  learn V from the discounted returns of the data                     value_targets
+  2 finetune    PPO online. Its advantage is aligned with the policy's preference   reference_advantage,
+                by one more term, that of the reference policy pi_ref, whose        combined_advantage
+                weight falls to 0; in PPO's terms this is the constraint as well
 
     python o2o_ppo.py --env-id hopper-medium-v2  # makes the dataset, then both stages
-    python o2o_ppo.py --no-align --no-reevaluate  # PPO started naively from the same policy
-    python o2o_ppo.py --reevaluation-steps 1000000 --online-steps 250000  # the paper's budget
+    python o2o_ppo.py --reevaluation-steps 1000000  # the paper's budget
 
-There is no separate stage of alignment and no multiplier: E[ratio A_ref] grows as the cross-entropy from pi to pi_ref
-falls, so the auxiliary advantage is alignment and constraint in one.
+In the released code the term of the reference cancels: shapes (N,) and (N, 1) are added. Here it is added sample by
+sample; --no-align is what that code did. docs/method.md has what else differs.
 
-Differs from the released code: there A_ref (N,) and A (N, 1) are added to (N, N), where A_ref cancels and plain PPO is
-left (that is --no-align here); returns and next states do not cross the ends of episodes; a time limit is bootstrapped;
-one set of observation statistics, the checkpoint's; evaluation has environments and seeds of its own.
-
-Blocks between `# shared:` and `# end shared` (tasks, data, networks, files, plots) are the same in every script. The
-method is the rest: from discounted_sums to train.
+The method ends with `train`. What follows (networks, data, run folder) is the same in every script.
 """
 
-import difflib
+import fcntl
 import json
 import math
 import os
-import pickle
+import shutil
+import signal
 import subprocess
 import sys
 import time
-import zipfile
-from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import gymnasium as gym
-import h5py
-import imageio
 import matplotlib.pyplot as plt
 import minari
-import mujoco
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers.utils import RunningMeanStd
 from minari.storage.datasets_root_dir import get_dataset_path
 from torch import nn
-from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import InvalidCxxCompiler
+from torch.optim.adam import adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
 @dataclass
 class Args:
-    env_id: str = "hopper-medium-v2"  # {hopper,walker2d,halfcheetah}-{random,medium{,-replay,-expert},expert}-v2
+    env_id: str = "hopper-medium-v2"  # task: names the dataset, the offline policy and the run folder
     seed: int = 1  # the only seed: networks, batches, training and evaluation environments derive from it
     exp_name: str = "o2o_ppo"  # part of the run folder's name
     cuda: bool = False  # train on a GPU
     track: bool = False  # also log to Weights & Biases
     wandb_project_name: str = "o2o"  # project there
     wandb_entity: str | None = None  # team there
-    capture_video: bool = False  # film an episode of the offline and the final policy
-    dataset: str | None = None  # Minari id or D4RL .hdf5 file; None: local Minari dataset o2o/<env_id>, made if missing
+    dataset: str | None = None  # Minari id, local or remote; None: o2o/<env_id>, made by offline/collect.py if missing
     checkpoint: str | None = None  # offline policy; None: offline/checkpoints/<env_id>/iql.pt
     run_dir: str | None = None  # folder of this run; None: runs/<env_id>__<exp_name>__<seed>__<time>
     resume: str | None = None  # folder of a run that was cut off, to be continued
@@ -81,17 +69,15 @@ class Args:
     # the learning rates fall over them, so a run that is resumed for longer is not the longer run
     reevaluate: bool = True  # stage 1; off: ablation, V starts untrained
     align: bool = True  # the reference policy's advantage; off: plain PPO
-    fit_steps: int = 20_000  # updates that fit our actor to an offline policy of another class
-    fit_std: float = 0.1  # std of the actions, given to a deterministic offline policy, which has none
     num_envs: int = 1  # environments stepped together
     eval_every: int = 2_500  # environment steps between evaluations, rounded up to whole iterations
-    eval_every_updates: int = 5_000  # updates between them in stage 1, rounded up to hundreds
+    eval_every_updates: int = 5_000  # updates between them in stage 1
     eval_episodes: int = 10  # episodes of one evaluation, all at once
 
     rollout: int = 2_048  # environment steps of one iteration, of all environments together
-    epochs: int | None = None  # passes over them; None: 10, on hopper's expert and medium-expert data 5
+    epochs: int = 10  # passes over them
     minibatch_size: int = 128  # transitions of one gradient step of stage 2
-    batch_size: int = 512  # those of stage 1, and of the fit to a policy of another class
+    batch_size: int = 512  # those of stage 1
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.95  # weight of longer returns in the advantage
     clip: float = 0.2  # largest change of an action's probability that is rewarded
@@ -99,430 +85,25 @@ class Args:
     policy_lr: float = 3e-5  # actor; falls linearly to 0 over online_steps
     critic_lr: float = 2e-4  # V in stage 2; falls likewise
     reevaluation_lr: float = 1e-4  # V in stage 1
-    fit_lr: float = 3e-4  # the fit to a policy of another class
     max_grad_norm: float = 0.5  # longer gradients are shortened to it
-    max_std: float | None = None  # largest std of the policy; None: e^2, hopper's (medium-)expert data 0.05
-    scale_rewards: bool | None = None  # divide by the running std of the discounted return; None: on HalfCheetah
+    max_std: float = 7.4  # the offline policy's std is cut to it, once
+    scale_rewards: bool = False  # divide by the running std of the discounted return
     alpha: float = 2.0  # size of the reference policy's advantage
-    alignment_steps: int | None = None  # environment steps in which its weight falls to 0; None: 250k, expert data 500k
+    alignment_steps: int = 250_000  # environment steps in which its weight falls to 0
     reference: Literal["best", "interval"] = "best"  # pi_ref: the best policy so far, or renewed at intervals
     reference_every: int = 25_000  # environment steps between renewals with --reference interval
 
     compile: bool = True  # compile each update into one graph
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # fp32; medium: bf16 products
+    bf16: bool = False  # matrix products in bf16, on CPUs and GPUs that have units for it
     num_threads: int = 1  # CPU threads: such small networks get slower, not faster, once threads exceed the free cores
 
 
-# shared: tasks
-class UserError(Exception):
-    """Something the user can put right: `run_cli` prints it as one sentence and exits with code 2."""
-
-
-# D4RL's names: environment, and the two returns that make 0 and 100 points (D4RL's, measured on its own environments)
-ENVS = {
-    "hopper": ("Hopper-v5", -20.272305, 3234.3),
-    "walker2d": ("Walker2d-v5", 1.629008, 4592.3),
-    "halfcheetah": ("HalfCheetah-v5", -280.178953, 12135.0),
-}
-TASKS = [f"{env}-{q}-v2" for env in ENVS for q in ("random", "medium", "medium-replay", "medium-expert", "expert")]
-
-
-def parse_task(env_id):
-    """`hopper-medium-v2` -> (`hopper`, `medium`). Raises UserError for a name that is not in TASKS."""
-    if env_id not in TASKS:
-        near = difflib.get_close_matches(env_id, TASKS, n=len(TASKS), cutoff=0.0)
-        raise UserError(f"unknown task '{env_id}'; known tasks, nearest first: {', '.join(near)}")
-    name, quality = env_id.removesuffix("-v2").split("-", 1)
-    return name, quality
-
-
-def normalized_score(env_id, returns):
-    """100 * (return - random) / (expert - random), D4RL's points; `returns` a number or an array."""
-    _, low, high = ENVS[parse_task(env_id)[0]]
-    return 100 * (returns - low) / (high - low)
-
-
-# end shared
-
-
-# shared: task_settings
-# What the authors change with the task (appendix of the paper): (usual value, value on data of expert quality) by flag.
-# Each script reads the rows of the flags that it has.
-SETTINGS = {
-    "alpha": (0.2, 0.5),  # O2SAC
-    "kl_start": (0.125, 0.005),
-    "kl_end": (2.0, 0.125),
-    "exploration_noise": (0.1, 0.05),  # O2TD3
-    "distance_start": (0.0025, 2.5e-5),
-    "distance_end": (0.04, 6.25e-4),
-    "alignment_steps": (250_000, 500_000),  # O2PPO
-    "epochs": (10, 10),
-    "max_std": (math.exp(2), math.exp(2)),
-    "scale_rewards": (False, False),
-}
-EXCEPTIONS = {  # to the above, by environment
-    "hopper": {"epochs": (10, 5), "max_std": (math.exp(2), 0.05)},
-    "halfcheetah": {"scale_rewards": (True, True)},
-}
-
-
-def fill_settings(args):
-    """Replaces each None in `args` that SETTINGS has a value for. The limits that --reference interval works towards
-    are a quarter of the others, because its reference policy moves on by itself."""
-    name, quality = parse_task(args.env_id)
-    expert = quality in ("expert", "medium-expert")
-    for flag, values in {**SETTINGS, **EXCEPTIONS.get(name, {})}.items():
-        if getattr(args, flag, values) is None:
-            quarter = flag in ("kl_end", "distance_end") and args.reference == "interval"
-            setattr(args, flag, values[expert] / 4 if quarter else values[expert])
-
-
-# end shared
-
-
-def fill_defaults(args):
-    """Replaces what is None in `args` by what the task asks for. Raises UserError for sizes that do not divide."""
-    fill_settings(args)
-    if args.checkpoint is None:
-        args.checkpoint = str(Path(__file__).resolve().parent / "offline/checkpoints" / args.env_id / "iql.pt")
-    if args.alignment_steps <= 0 or args.max_std <= 0:
-        raise UserError("--alignment-steps and --max-std have to be above 0; --no-align leaves the reference out")
-    for name in ("num_envs", "minibatch_size"):
-        if args.rollout % getattr(args, name):
-            raise UserError(f"--rollout {args.rollout} is not a multiple of --{name.replace('_', '-')}; change either")
-
-
-# shared: dataset
-class Dataset(NamedTuple):
-    """An offline dataset in memory: N transitions of whole episodes. Time limits are not terminations."""
-
-    name: str
-    rows: torch.Tensor  # (N, 2 O + A + 2) float32: observation, action, reward, next observation, terminated
-    episode: torch.Tensor  # (N,) index of the episode of each row
-    returns: np.ndarray  # (E,) undiscounted return of each episode
-    obs_dim: int
-    act_dim: int
-    make_env: Callable[..., gym.Env]  # the environment the data belong to
-
-
-def split(rows, obs_dim, act_dim):
-    """(B, 2 O + A + 2) rows -> obs (B, O), action (B, A), reward (B,), next_obs (B, O), terminated (B,)."""
-    obs, action, reward, next_obs, terminated = rows.split([obs_dim, act_dim, 1, obs_dim, 1], dim=-1)
-    return obs, action, reward.squeeze(-1), next_obs, terminated.squeeze(-1)
-
-
-def read_minari(dataset_id, download):
-    """-> episodes [(observations (T+1, O), actions (T, A), rewards (T,), terminations (T,))] and make_env."""
-    try:
-        data = minari.load_dataset(dataset_id, download=download)
-        episodes = [(e.observations, e.actions, e.rewards, e.terminations) for e in data.iterate_episodes()]
-    except Exception as error:  # whatever the store or the network raises, the user has to look at the dataset
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"cannot read the Minari dataset '{dataset_id}' ({reason}); see `minari list local`") from error
-    return episodes, data.recover_environment
-
-
-def read_d4rl(path, gym_id):
-    """The same from a file in D4RL's layout, which has no next state where an episode ends by time limit: that last
-    step is dropped. D4RL collected on the environments that gymnasium calls v4."""
-    try:
-        with h5py.File(path) as file:
-            obs, actions, rewards, ends = (file[key][()] for key in ("observations", "actions", "rewards", "terminals"))
-            limits = file["timeouts"][()] if "timeouts" in file else np.zeros(len(ends))
-    except (OSError, KeyError) as error:
-        raise UserError(f"{path} is not a complete HDF5 file in D4RL's layout ({error})") from error
-    if not len(obs) == len(actions) == len(rewards) == len(ends) == len(limits):
-        raise UserError(f"{path}: observations, actions, rewards, terminals and timeouts differ in length")
-    ends, episodes, start = ends.astype(bool), [], 0
-    for last in np.flatnonzero(ends | limits.astype(bool) | (np.arange(len(ends)) == len(ends) - 1)):
-        if ends[last]:  # the state after a terminal is never used, so any will do
-            observations, stop = np.concatenate([obs[start : last + 1], obs[last : last + 1]]), last + 1
-        else:
-            observations, stop = obs[start : last + 1], last
-        if stop > start:
-            episodes.append((observations, actions[start:stop], rewards[start:stop], ends[start:stop]))
-        start = last + 1
-    return episodes, lambda **kwargs: gym.make(gym_id.replace("-v5", "-v4"), **kwargs)
-
-
-def load_dataset(env_id, dataset=None):
-    """`dataset`: a Minari id or a path to a D4RL .hdf5 file; None: the local Minari dataset o2o/<env_id>, which
-    offline/collect.py makes if it does not exist. Only an explicit Minari id may touch the network.
-    Raises UserError if there is no such dataset or if it does not fit the task."""
-    gym_id, low, high = ENVS[parse_task(env_id)[0]]
-    name = dataset or f"o2o/{env_id}"
-    if name.endswith((".hdf5", ".h5")):
-        episodes, make_env = read_d4rl(name, gym_id)
-    else:
-        if not dataset and not get_dataset_path(name).exists():
-            here = Path(__file__).resolve().parent
-            collect = next((p for p in (here / "offline/collect.py", here / "collect.py") if p.exists()), None)
-            if collect is None:
-                raise UserError(f"no dataset {name} here; make it with offline/collect.py or name one with --dataset")
-            print(f"{name} does not exist yet, making it with {collect.name}", flush=True)
-            if subprocess.run([sys.executable, collect, "--env-id", env_id]).returncode:
-                raise UserError(f"{collect} could not make {name}, for the reason above")
-        episodes, make_env = read_minari(name, download=dataset is not None)
-    if not episodes:
-        raise UserError(f"{name} is empty")
-    try:
-        env = make_env()
-    except (ValueError, ImportError, gym.error.Error) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{name} names no environment that can be made here ({reason}); see README, Data") from error
-    if env.spec is None or env.spec.id.split("-v")[0] != gym_id.split("-v")[0]:
-        raise UserError(f"{name} belongs to {env.spec and env.spec.id}, {env_id} needs {gym_id.split('-v')[0]}")
-    box = env.action_space
-    if not hasattr(env.unwrapped, "model") or not ((box.low == -1).all() and (box.high == 1).all()):
-        raise UserError(f"{env.spec.id} is not a MuJoCo environment with actions in [-1, 1]; see README, Data")
-    obs_dim, act_dim = env.observation_space.shape[0], box.shape[0]
-    for observations, actions, rewards, _ in episodes:
-        shapes = np.shape(observations)[1:], np.shape(actions)[1:]
-        if shapes != ((obs_dim,), (act_dim,)):
-            expected = (obs_dim,), (act_dim,)
-            raise UserError(f"{name} has observations and actions of shapes {shapes}, {env.spec.id} {expected}")
-        if not all(np.isfinite(x).all() for x in (observations, actions, rewards)):
-            raise UserError(f"{name} holds NaN or infinite numbers; remove those episodes first")
-    blocks = [np.concatenate([o[:-1], a, r[:, None], o[1:], d[:, None]], axis=1) for o, a, r, d in episodes]
-    rows = torch.from_numpy(np.concatenate(blocks, dtype=np.float32))
-    episode = torch.arange(len(blocks)).repeat_interleave(torch.tensor([len(block) for block in blocks]))
-    returns = np.array([rewards.sum() for _, _, rewards, _ in episodes])
-    print(
-        f"dataset {name}: {len(rows)} transitions, {len(blocks)} episodes, mean return {returns.mean():.0f} "
-        f"(score {normalized_score(env_id, returns.mean()):.1f}), environment {env.spec.id}, "
-        f"0 points at a return of {low:.0f}, 100 at {high:.0f}",
-        flush=True,
-    )
-    return Dataset(name, rows, episode, returns, obs_dim, act_dim, make_env)
-
-
-# end shared
-
-
-# shared: squashed_gaussian
-class SquashedGaussianActor(nn.Module):
-    """a = tanh(u), u ~ N(mean(s), std(s)^2): SAC's policy. `noise` is standard normal and given from outside, so that
-    a compiled and an eager update see the same numbers."""
-
-    def __init__(self, obs_mean, obs_std, act_dim, hidden):
-        super().__init__()
-        self.register_buffer("obs_mean", obs_mean.clone())
-        self.register_buffer("obs_std", obs_std.clone())
-        sizes = [len(obs_mean), *hidden]
-        layers = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], 2 * act_dim))
-        nn.init.xavier_uniform_(self.net[-1].weight, gain=0.01)
-        nn.init.zeros_(self.net[-1].bias)
-
-    def forward(self, obs):
-        """(B, O) raw observations -> mean (B, A) and log_std (B, A) of u."""
-        mean, log_std = self.net((obs - self.obs_mean) / self.obs_std).chunk(2, dim=-1)
-        return mean, (log_std - 1).clamp(-20, 2)
-
-    def sample(self, obs, noise):
-        """-> action (B, A) in [-1, 1], its log_prob (B,) in nats, and u (B, A)."""
-        mean, log_std = self(obs)
-        u = mean + log_std.exp() * noise
-        return torch.tanh(u), squashed_log_prob(mean, log_std, u), u
-
-    def mode(self, obs):
-        """-> tanh of the mean (B, A), the action that evaluation executes."""
-        return torch.tanh(self(obs)[0])
-
-
-def squashed_log_prob(mean, log_std, u):
-    """log density of a = tanh(u) in nats, (..., A) three times -> (...):
-
-        log N(u; mean, std^2) - sum log(1 - tanh(u)^2),   log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2 u))
-
-    Takes u and not a: atanh(a) is not finite where tanh rounds to 1."""
-    normal = -0.5 * ((u - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
-    return (normal - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)
-
-
-# end shared
-
-
-# shared: mlp
-class HiddenLinear(nn.Linear):
-    """nn.Linear from inputs and weights rounded to bf16, and through a rounded result."""
-
-    def forward(self, x):
-        return (x.bfloat16() @ self.weight.t().bfloat16()).float() + self.bias
-
-
-def mlp(sizes, activation, bf16):
-    """Linear layers with `activation` between them; `bf16` for the products between hidden ones, where the work is."""
-    first, *hidden, last = pairwise(sizes)
-    layers = [nn.Linear(*first), activation()]
-    for pair in hidden:
-        layers += [HiddenLinear(*pair) if bf16 else nn.Linear(*pair), activation()]
-    return nn.Sequential(*layers, nn.Linear(*last))
-
-
-# end shared
-
-
-# shared: tanh_gaussian
-class TanhGaussianActor(nn.Module):
-    """a ~ N(tanh(net(s)), std^2), clipped to the box: IQL's policy. With a std that is set, a deterministic one too."""
-
-    def __init__(self, obs_mean, obs_std, act_dim, hidden, std, bf16=False):
-        super().__init__()
-        self.register_buffer("obs_mean", obs_mean.clone())
-        self.register_buffer("obs_std", obs_std.clone())
-        self.net = mlp([len(obs_mean), *hidden, act_dim], nn.ReLU, bf16)
-        self.log_std = nn.Parameter(torch.full((act_dim,), math.log(std)))
-
-    def forward(self, obs):
-        """(B, O) raw observations -> mean (B, A) and log_std (A,), the same in every state."""
-        return torch.tanh(self.net((obs - self.obs_mean) / self.obs_std)), self.log_std.clamp(-20, 2)
-
-    def sample(self, obs, noise):
-        """-> action (B, A) clipped to the box, log_prob of the action before clipping (B,), and that action (B, A)."""
-        mean, log_std = self(obs)
-        action = mean + log_std.exp() * noise
-        return action.clamp(-1, 1), gaussian_log_prob(mean, log_std, action), action
-
-    def mode(self, obs):
-        """-> the mean (B, A), the action that evaluation executes."""
-        return self(obs)[0]
-
-
-def gaussian_log_prob(mean, log_std, action):
-    """log N(action; mean, std^2) in nats, summed over the A dimensions: (..., A) three times -> (...)."""
-    return (-0.5 * ((action - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
-
-
-# end shared
-
-
-# shared: value
-class Value(nn.Module):
-    """V(s), of a network with `activation` between its layers."""
-
-    def __init__(self, obs_mean, obs_std, hidden, activation, bf16=False):
-        super().__init__()
-        self.register_buffer("obs_mean", obs_mean.clone())
-        self.register_buffer("obs_std", obs_std.clone())
-        self.net = mlp([len(obs_mean), *hidden, 1], activation, bf16)
-
-    def forward(self, obs):
-        """(B, O) raw observations -> (B,) return."""
-        return self.net((obs - self.obs_mean) / self.obs_std).squeeze(-1)
-
-
-# end shared
-
-
-# shared: offline_policy
-def load_policy(path, env_id, obs_dim, act_dim, std):
-    """The offline policy in a checkpoint -> its frozen module, and the checkpoint; `std` is for a deterministic one.
-    Raises UserError if the file is missing, broken, of another environment or of other dimensions."""
-    saved = load_file(path, "cpu")
-    try:
-        kind, hidden, state = saved["policy"]["kind"], saved["policy"]["hidden"], saved["actor"]
-        source, inputs = f"{saved['algorithm']}, {saved['step']} updates on {saved['dataset']}", len(state["obs_mean"])
-        origin, version = saved["env_id"], saved["format"]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a checkpoint of format 1: {error} is missing") from error
-    if version != 1:
-        raise UserError(f"{path} has format {version}; this script reads format 1")
-    if origin.split("-")[0] != env_id.split("-")[0]:
-        raise UserError(f"{path} was trained on {origin}, not on {env_id}; choose another --checkpoint")
-    if inputs != obs_dim:
-        raise UserError(f"{path} expects {inputs} observations, the data have {obs_dim}")
-    if kind == "squashed_gaussian":
-        policy = SquashedGaussianActor(state["obs_mean"], state["obs_std"], act_dim, hidden)
-    elif kind in ("tanh_gaussian", "deterministic"):
-        policy = TanhGaussianActor(state["obs_mean"], state["obs_std"], act_dim, hidden, std)
-        state = {"log_std": policy.log_std.data, **state}
-    else:
-        raise UserError(f"{path} holds a policy of the unknown kind '{kind}'")
-    try:
-        policy.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"the weights in {path} do not fit a {kind} policy with {act_dim} actions") from error
-    print(f"offline policy {path}: {source}")
-    return policy.requires_grad_(False), saved
-
-
-# end shared
-
-
-# shared: update_tools
-class Scalar(nn.Module):
-    """One learned number, with the state_dict that a network has."""
-
-    def __init__(self, value):
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor(float(value)))
-
-
-class Adam:
-    """torch.optim.Adam (betas 0.9 and 0.999) as plain tensor operations: torch.optim's own step breaks the compiled
-    update into pieces, which costs a quarter of its speed."""
-
-    def __init__(self, params, lr, eps=1e-8, max_norm=None):
-        self.params, self.lr, self.eps, self.max_norm = list(params), lr, eps, max_norm
-        self.steps = torch.zeros((), device=self.params[0].device)
-        self.mean = [torch.zeros_like(p) for p in self.params]
-        self.square = [torch.zeros_like(p) for p in self.params]
-        for tensor in (self.steps, *self.mean, *self.square):
-            torch._dynamo.mark_static_address(tensor)  # CUDA graphs refuse to change other tensors in place
-
-    def minimize(self, loss, scale=1.0):
-        """One step on a scalar loss, at `scale` times the learning rate. Only this optimiser's parameters get
-        gradients, so the critics' weights stay out of the actor's graph. autograd.grad and not loss.backward(): the
-        latter does nothing inside torch.compile."""
-        grads = torch.autograd.grad(loss, self.params)
-        with torch.no_grad():
-            if self.max_norm is not None:
-                norm = torch.stack(torch._foreach_norm(grads)).norm()
-                grads = torch._foreach_mul(grads, (self.max_norm / (norm + 1e-6)).clamp(max=1.0))
-            self.steps += 1
-            torch._foreach_lerp_(self.mean, grads, 0.1)
-            torch._foreach_mul_(self.square, 0.999)
-            torch._foreach_addcmul_(self.square, grads, grads, 0.001)
-            root = torch._foreach_div(torch._foreach_sqrt(self.square), (1 - 0.999**self.steps).sqrt())
-            step = torch._foreach_div(self.mean, torch._foreach_add(root, self.eps))
-            torch._foreach_sub_(self.params, torch._foreach_mul(step, self.lr * scale / (1 - 0.9**self.steps)))
-
-    def state_dict(self):
-        return {"state": [self.steps, *self.mean, *self.square]}
-
-    def load_state_dict(self, saved):
-        for mine, value in zip(self.state_dict()["state"], saved["state"], strict=True):
-            mine.copy_(value)
-
-
-@torch.no_grad()
-def polyak(target, source, tau):
-    """target <- (1 - tau) * target + tau * source, in place."""
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
-
-
-@cache
-def can_compile():
-    """Is there a C++ compiler? Says so once if not."""
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        print("no C++ compiler found: updates run uncompiled, about a third slower", file=sys.stderr)
-        return False
-    torch._dynamo.config.trace_autograd_ops = True  # lets torch.autograd.grad stay inside the graph
-    return True
-
-
-def compile_update(update, enabled, device):
-    """The whole update as one graph (CUDA graphs on a GPU); with `enabled` False the same function as it stands."""
-    if not (enabled and can_compile()):
-        return update
-    mode = "reduce-overhead" if torch.device(device).type == "cuda" else "default"
-    return torch.compile(update, mode=mode, fullgraph=True)
-
-
-# end shared
+def settings(args):
+    """What the authors change with the task (appendix of the paper); the command line still wins."""
+    expert = args.env_id.split("-v")[0].endswith("expert")  # expert and medium-expert data
+    values = {"scale_rewards": args.env_id.startswith("halfcheetah")}
+    values |= {"alignment_steps": 500_000} if expert else {}
+    return values | ({"epochs": 5, "max_std": 0.05} if expert and args.env_id.startswith("hopper") else {})
 
 
 def discounted_sums(rewards, starts, gamma):
@@ -531,7 +112,7 @@ def discounted_sums(rewards, starts, gamma):
     for reward, start in zip(rewards.tolist(), starts.tolist(), strict=True):
         total = reward if start else reward + gamma * total
         sums.append(total)
-    return torch.tensor(sums)
+    return torch.tensor(sums, device=rewards.device)
 
 
 def value_targets(data, rewards, gamma):
@@ -541,11 +122,10 @@ def value_targets(data, rewards, gamma):
         y_t = sum_(k=t..T) gamma^(k-t) r_k + gamma^(T-t+1) (1 - d_T) V(s_(T+1)),   T the episode's last step
 
     -> rows (N, 2 O + 2): s_t, the sum, the factor of V, s_(T+1). rewards (N,): the data's, scaled if need be."""
-    obs, _, _, next_obs, terminated = split(data.rows, data.obs_dim, data.act_dim)
-    last = torch.cat([data.episode[1:] != data.episode[:-1], torch.ones(1, dtype=torch.bool)])
-    sums = discounted_sums(rewards.flip(0), last.flip(0), gamma).flip(0)
-    end = last.nonzero().squeeze(1)[data.episode]  # T of each row
-    factor = gamma ** (end - torch.arange(len(end)) + 1) * (1 - terminated[end])
+    obs, _, _, next_obs, terminated = data.split(data.rows)
+    sums = discounted_sums(rewards.flip(0), data.last.flip(0), gamma).flip(0)
+    end = data.last.nonzero().squeeze(1)[data.last.cumsum(0) - data.last.long()]  # T of each row
+    factor = gamma ** (end - torch.arange(len(end), device=end.device) + 1) * (1 - terminated[end])
     return torch.cat([obs, sums[:, None], factor[:, None], next_obs[end]], dim=1)
 
 
@@ -619,8 +199,6 @@ def make_updates(args, nets, optimizers, obs_dim, act_dim):
         ratio = log_ratio.exp()
         objective = clipped_surrogate(ratio, advantage, args.clip)
         optimizers["actor"].minimize(-objective - args.entropy_weight * gaussian_entropy(log_std), scale)
-        with torch.no_grad():
-            actor.log_std.clamp_(max=math.log(args.max_std))
         value_loss = ((value(obs) - returns) ** 2).mean()
         optimizers["value"].minimize(value_loss, scale)
         clipped = ((ratio - 1).abs() > args.clip).float().mean()
@@ -630,70 +208,72 @@ def make_updates(args, nets, optimizers, obs_dim, act_dim):
     return reevaluate, finetune
 
 
-# shared: offline_loop
-def numbers(**values):
-    return {key: value.detach() for key, value in values.items()}
-
-
-def train_offline(run, args, stage, steps, update, rows, act_dim, check):
-    """The loop of the stages on offline data: `steps` updates on batches of `rows`. Every eval_every_updates it logs
-    the update's numbers and those of `check(step)`, and saves."""
-    progress, device, clock, counted = run.progress, rows.device, time.time(), 0
-    blocks = range(progress["step"], steps, 100)  # a block draws its random numbers at once
-    for start in tqdm(blocks, desc=stage, unit="00 updates", disable=None):
-        count = min(100, steps - start)
-        index = torch.randint(len(rows), (count, args.batch_size), generator=run.generator, device=device)
-        noise = torch.randn(count, 2, args.batch_size, act_dim, generator=run.generator, device=device)
-        for i in range(count):
-            values = update(rows[index[i]], noise[i])
-        progress["step"] = step = start + count
-        counted += count
-        if step // args.eval_every_updates > start // args.eval_every_updates or step == steps:
-            values = run.finite(stage, step, values)  # waits for the device, so the clock is right on a GPU too
-            progress["updates_per_second"][stage] = values["updates_per_second"] = counted / (time.time() - clock)
-            report(run, stage, step, values | check(step))
+def train_offline(args, run, stage, steps, update, rows, shape, check, extra=lambda step: ()):
+    """`steps` updates on batches of `rows`, with standard normal noise of `shape` and whatever `extra(step)` gives.
+    Every eval_every_updates logs their numbers and those of `check()`, and saves."""
+    progress, generator, clock, count = run.progress, run.generator, time.time(), 0
+    for step in tqdm(range(progress["step"] + 1, steps + 1), desc=stage, unit="update", disable=None):
+        index = torch.randint(len(rows), (args.batch_size,), generator=generator, device=generator.device)
+        noise = torch.randn(shape, generator=generator, device=generator.device)
+        values, count = update(rows[index], noise, *extra(step)), count + 1
+        if step % args.eval_every_updates == 0 or step == steps:
+            values = {key: float(value) for key, value in values.items()}  # waits for a GPU, so the clock is right
+            progress["step"], progress["updates_per_second"][stage] = step, count / (time.time() - clock)
+            run.log(stage, step, values | {"updates_per_second": progress["updates_per_second"][stage]} | check())
             run.save()
-            clock, counted = time.time(), 0
+            clock, count = time.time(), 0
 
 
-# end shared
+class Rollout:
+    """The training environments, each in the middle of an episode. Each episode starts from a seed of its own, and the
+    actions since then are kept: a resumed run repeats them, so that no state of a simulator has to be stored."""
 
+    def __init__(self, args, data, scaler):
+        self.args, self.data, self.scaler = args, data, scaler
+        self.envs = [data.make_env() for _ in range(args.num_envs)]
+        self.starts, self.actions = [0] * args.num_envs, [[] for _ in self.envs]
 
-# shared: reference
-def choose_reference(args, run, score, steps, used):
-    """--reference best: the actor becomes pi_ref if its score beats that of every pi_ref so far. Such an evaluation is
-    interaction with the environment, so its `steps` are counted. `used`: False in the ablation without pi_ref."""
-    if args.reference == "best" and used:
-        run.progress["selection_steps"] += steps
-        if score > run.progress["reference_score"]:
-            run.progress["reference_score"] = score
-            run.nets["reference"].load_state_dict(run.nets["actor"].state_dict())
+    def reset(self, i, step):
+        """A new episode in environment i, `step` steps after the start of training. -> observation."""
+        self.starts[i], self.actions[i] = step, []
+        return self.envs[i].reset(seed=1_000_000_000 * (i + 1) + 1_000_000 * self.args.seed + step)[0]
 
+    def begin(self, saved=None):
+        """Resets all environments, or brings them to where `saved`, an earlier state(), had them."""
+        self.obs = [self.reset(i, 0) for i in range(len(self.envs))]
+        for i, env in enumerate(self.envs if saved else ()):
+            self.obs[i] = self.reset(i, saved["starts"][i])
+            for action in saved["actions"][i].numpy():
+                self.obs[i] = env.step(action)[0]
+                self.actions[i].append(action)
 
-# end shared
+    def state(self):
+        actions = [torch.from_numpy(np.array(a)) for a in self.actions]
+        return {"starts": list(self.starts), "actions": actions, "scaler": self.scaler and self.scaler.state_dict()}
 
-
-def collect_rollout(args, actor, envs, obs, generator, scaler, device):
-    """`rollout` environment steps with the policy's own noise. scaler: the running std of the discounted return, or
-    None. -> tensors (T, n, ...) of obs, action before clipping, log_prob, reward, next_obs, terminated, done; and the
-    next observation. SAME_STEP autoreset: the reset's observation comes with the step that ended the episode, whose own
-    last observation is in `final_obs`, so that every row is a real transition."""
-    steps, rows = args.rollout // args.num_envs, []
-    noise = torch.randn(steps, args.num_envs, envs.single_action_space.shape[0], generator=generator, device=device)
-    for t in range(steps):
-        with torch.no_grad():
-            obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device)
-            executed, log_prob, action = actor.sample(obs_tensor, noise[t])
-        following, reward, terminated, truncated, info = envs.step(executed.cpu().numpy())
-        done, next_obs = terminated | truncated, following.copy()
-        for i in np.flatnonzero(done):
-            next_obs[i] = info["final_obs"][i]
-        if scaler is not None:
-            reward = scaler(reward, done)
-        seen = (torch.as_tensor(x, dtype=torch.float32, device=device) for x in (reward, next_obs, terminated, done))
-        rows.append((obs_tensor, action, log_prob, *seen))
-        obs = following
-    return [torch.stack(column) for column in zip(*rows, strict=True)], obs
+    def collect(self, actor, generator, first):
+        """`rollout` environment steps with the policy's own noise, the `first` one of which has this number. -> tensors
+        (T, n, ...) of obs, action before clipping, log_prob, reward, next_obs, terminated, done. next_obs is what the
+        step reached, also where an episode ended there."""
+        steps, rows = self.args.rollout // len(self.envs), []
+        shape = steps, len(self.envs), self.data.act_dim
+        noise = torch.randn(shape, generator=generator, device=generator.device)
+        for t in range(steps):
+            obs = self.data.to_tensor(np.stack(self.obs))
+            with torch.no_grad():
+                executed, log_prob, action = actor.sample(obs, noise[t])
+            results = []
+            for i, (env, a) in enumerate(zip(self.envs, executed.cpu().numpy(), strict=True)):
+                self.obs[i], reward, terminated, truncated, _ = env.step(a)
+                self.actions[i].append(a)
+                results.append((reward, self.obs[i], terminated, terminated or truncated))
+                if terminated or truncated:
+                    self.obs[i] = self.reset(i, first + t * len(self.envs))
+            reward, next_obs, terminated, done = (np.stack(column) for column in zip(*results, strict=True))
+            if self.scaler is not None:
+                reward = self.scaler(reward, done)
+            rows.append((obs, action, log_prob, *map(self.data.to_tensor, (reward, next_obs, terminated, done))))
+        return [torch.stack(column) for column in zip(*rows, strict=True)]
 
 
 class RewardScaler:
@@ -721,86 +301,55 @@ class RewardScaler:
         self.total = saved["total"].numpy().copy()
 
 
-def train_online(run, args, update, data, device, score_of, scaler):
+def train_online(args, run, update, data, score, scaler):
     """Stage 2: PPO on iterations of `rollout` steps, with the advantage of the reference policy added."""
-    progress, nets, generator = run.progress, run.nets, run.generator
-    actor, value, reference = nets["actor"], nets["value"], nets["reference"]
-    envs = gym.vector.SyncVectorEnv([data.make_env] * args.num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
-    obs, _ = envs.reset(seed=args.seed)
-    if run.saved and "online" in run.saved:
-        saved = run.saved["online"]
-        for env, state in zip(envs.envs, saved["envs"], strict=True):
-            set_env_state(env, state)
-        obs = saved["obs"].numpy()
-        if scaler is not None:
-            scaler.load_state_dict(saved["scaler"])
-    iterations, seconds, counted = math.ceil(args.online_steps / args.rollout), 0.0, 0
+    progress, generator, device = run.progress, run.generator, data.rows.device
+    actor, value, reference = (run.nets[key] for key in ("actor", "value", "reference"))
+    rollout, saved = Rollout(args, data, scaler), run.saved.get("online")
+    rollout.begin(saved)
+    if saved and scaler is not None:
+        scaler.load_state_dict(saved["scaler"])
+    iterations, seconds, count = math.ceil(args.online_steps / args.rollout), 0.0, 0
     for iteration in tqdm(range(progress["step"] // args.rollout, iterations), desc="online", disable=None):
         before, step = iteration * args.rollout, (iteration + 1) * args.rollout
-        batch, obs = collect_rollout(args, actor, envs, obs, generator, scaler, device)
-        obs_batch, action, log_prob, reward, next_obs, terminated, done = batch
+        obs, action, log_prob, reward, next_obs, terminated, done = rollout.collect(actor, generator, before + 1)
         clock = time.time()
         with torch.no_grad():
-            v, (mean, log_std) = value(obs_batch), reference(obs_batch)
+            v, (mean, log_std) = value(obs), reference(obs)
             advantage = gae(reward, v, value(next_obs), terminated, done, args.gamma, args.gae_lambda)
             log_prob_ref, entropy = gaussian_log_prob(mean, log_std, action), gaussian_entropy(log_std)
             auxiliary = reference_advantage(log_prob_ref, entropy, data.act_dim, args.alpha)
             weight = reference_weight(args, before)
             mixed = combined_advantage(advantage, auxiliary, weight)
             parts = (log_prob, mixed, advantage + v)
-            rows = torch.cat([obs_batch, action, *(part.unsqueeze(-1) for part in parts)], dim=-1).flatten(0, 1)
+            rows = torch.cat([obs, action, *(part.unsqueeze(-1) for part in parts)], dim=-1).flatten(0, 1)
         scale = torch.tensor(1 - iteration / iterations, device=device)
         for _ in range(args.epochs):
             for index in torch.randperm(args.rollout, generator=generator, device=device).view(-1, args.minibatch_size):
-                values = update(rows[index], scale)
-                counted += 1
-        if device.type == "cuda":
-            torch.cuda.synchronize()  # for the clock; once an iteration is cheap
+                values, count = update(rows[index], scale), count + 1
+        if args.cuda:
+            torch.cuda.synchronize()  # for the clock
         seconds += time.time() - clock
         progress["step"] = progress["online_steps"] = step
         if args.reference == "interval" and step // args.reference_every > before // args.reference_every:
             reference.load_state_dict(actor.state_dict())
-        if step // args.eval_every == before // args.eval_every and iteration + 1 < iterations:
-            continue
-        row = run.finite("online", step, values)
-        row |= {"reference_weight": weight, "explained": float(1 - (advantage.var() / (advantage + v).var()))}
-        scores, eval_steps = score_of(actor, 3, step)
-        progress["scores"].append([step, scores["score"]])
-        choose_reference(args, run, scores["score"], eval_steps, args.align)
-        progress["updates_per_second"]["online"] = row["updates_per_second"] = counted / seconds
-        report(run, "online", step, scores | row)
-        state = {"envs": [env_state(env) for env in envs.envs], "obs": torch.from_numpy(obs.copy())}
-        run.save(online=state | ({"scaler": scaler.state_dict()} if scaler is not None else {}))
-        seconds, counted = 0.0, 0
+        if step // args.eval_every > before // args.eval_every or iteration + 1 == iterations:
+            progress["updates_per_second"]["online"] = count / seconds
+            more = {"reference_weight": weight, "explained": float(1 - (advantage.var() / (advantage + v).var()))}
+            row = values | more | {"updates_per_second": count / seconds} | score(choose=args.align)
+            progress["scores"].append([step, row["score"]])
+            run.log("online", step, row)
+            run.save(online=rollout.state())
+            seconds, count = 0.0, 0
 
 
-def fit_update(teacher, actor, optimizer):
-    """-> update that imitates an offline policy of another class on the data's states, by maximum likelihood of its
-    actions. Writes the actor."""
-
-    def fit(rows, noise):
-        obs = rows[:, : len(actor.obs_mean)]
-        with torch.no_grad():
-            action = teacher.sample(obs, noise[0])[0]
-        loss = -gaussian_log_prob(*actor(obs), action).mean()
-        optimizer.minimize(loss)
-        return numbers(loss=loss)
-
-    return fit
-
-
-def train(args, run, data, teacher, hidden, device):
-    """The method: fit (only for an offline policy of another class), re-evaluate, fine-tune."""
-    progress, act_dim, same_class = run.progress, data.act_dim, isinstance(teacher, TanhGaussianActor)
+def train(args, run, data, actor):
+    """The method: re-evaluate, fine-tune. `actor` is the offline policy, and becomes the fine-tuned one."""
+    progress, device = run.progress, data.rows.device
     torch.manual_seed(args.seed)
-    stats = teacher.obs_mean.cpu(), teacher.obs_std.cpu()
-    bf16 = args.matmul_precision == "medium"
-    actor = TanhGaussianActor(*stats, act_dim, hidden if same_class else (256, 256), args.fit_std, bf16)
-    if same_class:  # of a deterministic policy the mean, with fit_std around it
-        actor.load_state_dict(teacher.state_dict())
     with torch.no_grad():
         actor.log_std.clamp_(max=math.log(args.max_std))
-    value = Value(*stats, (256, 256, 256), nn.Tanh, bf16)
+    value = Value(actor.obs_mean, actor.obs_std, (256, 256, 256), nn.Tanh, args.bf16)
     for layer in value.net:
         if isinstance(layer, nn.Linear):
             nn.init.orthogonal_(layer.weight)
@@ -808,104 +357,264 @@ def train(args, run, data, teacher, hidden, device):
     nets = {name: net.to(device) for name, net in nets.items()}
     ppo = {"eps": 1e-5, "max_norm": args.max_grad_norm}
     optimizers = {
-        "fit": Adam(nets["actor"].parameters(), args.fit_lr),
         "reevaluation": Adam(nets["value"].parameters(), args.reevaluation_lr),
         "actor": Adam(nets["actor"].parameters(), args.policy_lr, **ppo),
         "value": Adam(nets["value"].parameters(), args.critic_lr, **ppo),
     }
     run.restore(nets, optimizers, torch.Generator(device).manual_seed(args.seed))
-    updates = make_updates(args, nets, optimizers, data.obs_dim, act_dim)
-    reevaluate, finetune = (compile_update(update, args.compile, device) for update in updates)
+    updates = make_updates(args, nets, optimizers, data.obs_dim, data.act_dim)
+    reevaluate, finetune = (compile_update(update, args) for update in updates)
     envs = [data.make_env() for _ in range(args.eval_episodes)]
-    reward, scaler = split(data.rows, data.obs_dim, act_dim)[2], None
+    score, reward, scaler = partial(score_actor, args, run, data, envs), data.split(data.rows)[2], None
     if args.scale_rewards:
         scaler = RewardScaler(args.gamma, args.num_envs)
-        first = torch.cat([torch.ones(1, dtype=torch.bool), data.episode[1:] != data.episode[:-1]])
-        scaler.stats.update(discounted_sums(reward, first, args.gamma).double().numpy())
+        starts = torch.cat([data.last.new_ones(1), data.last[:-1]])
+        scaler.stats.update(discounted_sums(reward, starts, args.gamma).double().cpu().numpy())
         reward = reward / scaler.std()
 
-    def score_of(policy, stage, step):
-        """Score of a policy and the environment steps that it took; its discounted return goes to `progress` when the
-        policy is the offline one."""
-        seed = 10_000_000 * args.seed + 1_000_000 * stage + step * args.eval_episodes
-        mean_return, discounted, steps = evaluate(mode_of(policy), envs, seed, device, args.gamma)
-        if stage == 0:
-            progress["discounted_return"] = float(discounted)
-        return {"score": float(normalized_score(args.env_id, mean_return))}, steps
-
-    def fit_score(step):
-        return score_of(nets["actor"], 1, step)
-
-    def start_values(_):
+    def values():
         """V in start states beside what the offline policy obtains from them: V is that of the data's policy, so it
         should stand still somewhat lower."""
-        obs = np.stack([env.reset(seed=i)[0] for i, env in enumerate(envs * 10)])
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
+        obs = data.to_tensor(np.stack([env.reset(seed=i)[0] for i, env in enumerate(10 * envs)]))
         with torch.no_grad():
             v = nets["value"](obs).mean()
         obtained = progress["discounted_return"] / (scaler.std() if scaler is not None else 1)
-        return {"v_start": float(v), "discounted_return": obtained}
-
-    def film(policy, name):
-        if args.capture_video:
-            record_video(policy.mode, data.make_env, run.dir / "videos" / f"{name}.mp4", args.seed, device)
-
-    def enter(stage):
-        """The border between two stages is a point to resume from."""
-        progress["stage"], progress["step"] = stage, 0
-        run.save()
+        return {"v_start": v.item(), "discounted_return": obtained}
 
     if progress["stage"] == "start":
-        scores, steps = score_of(teacher, 0, 0)
-        progress["offline_score"], progress["reference_score"] = scores["score"], -math.inf
-        if same_class:
-            choose_reference(args, run, scores["score"], steps, args.align)
-        print(f"offline policy: score {scores['score']:.1f}", flush=True)
-        film(teacher, "offline")
-        enter("fit")
-    if progress["stage"] == "fit":
-        if not same_class:
-            fit = compile_update(fit_update(teacher, nets["actor"], optimizers["fit"]), args.compile, device)
-            rows = data.rows.to(device)
-            train_offline(run, args, "fit", args.fit_steps, fit, rows, act_dim, lambda step: fit_score(step)[0])
-            with torch.no_grad():
-                nets["actor"].log_std.clamp_(max=math.log(args.max_std))
-            scores, steps = fit_score(args.fit_steps)
-            progress["fitted_score"] = scores["score"]
-            nets["reference"].load_state_dict(nets["actor"].state_dict())
-            choose_reference(args, run, scores["score"], steps, args.align)
-        enter("reevaluate")
+        _, discounted, _ = evaluate(mode_of(actor), envs, args.seed, device, args.gamma)
+        progress["discounted_return"] = float(discounted.mean())
+        progress["offline_score"] = score(choose=args.align)["score"]
+        print(f"offline policy: score {progress['offline_score']:.1f}", flush=True)
+        run.enter("reevaluate")
     if progress["stage"] == "reevaluate":
         if args.reevaluate:
-            rows = value_targets(data, reward, args.gamma).to(device)
-            train_offline(run, args, "reevaluate", args.reevaluation_steps, reevaluate, rows, act_dim, start_values)
-        enter("online")
-    train_online(run, args, finetune, data, device, score_of, scaler)
-    film(nets["actor"], "final")
-    save_file(export(args, data, nets, progress), run.dir / "model.pt")
+            rows = value_targets(data, reward, args.gamma)
+            train_offline(args, run, "reevaluate", args.reevaluation_steps, reevaluate, rows, (1,), values)
+        run.enter("online")
+    train_online(args, run, finetune, data, score, scaler)
+    progress["closing_score"] = closing_score(args, actor, data, envs)
+    steps = progress["online_steps"]
+    save_file(checkpoint(args, data, nets, steps, progress["closing_score"]), run.dir / "model.pt")
 
 
-# shared: evaluate
+ALGORITHM, KIND, SOURCE = "o2o_ppo", "tanh_gaussian", "iql"  # this script, its policy class, where that comes from
+RESUMABLE = "reevaluation_steps alignment_steps online_steps compile num_threads track wandb_project_name wandb_entity"
+PRIVATE = "stage step episode_start reference_score discounted_return"  # of a run's progress, not in summary.json
+RANGES = {
+    (0, 1): "gamma gae_lambda clip entropy_weight policy_lr critic_lr reevaluation_lr",
+    (0, 10**9): "seed reevaluation_steps online_steps alpha",
+    (1, 10**9): "eval_every eval_every_updates eval_episodes rollout epochs minibatch_size batch_size"
+    " alignment_steps reference_every",
+    (1e-9, 10**9): "max_grad_norm max_std",
+    (1, 1024): "num_threads num_envs",
+}
+
+
+def mlp(net, x, bf16):
+    """A network's output, with `bf16` all products in bf16 but the last: bf16 can't tell a Q of 250 from one of 251."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        x = net[:-1](x)
+    return net[-1](x.float())
+
+
+class TanhGaussianActor(nn.Module):
+    """a ~ N(tanh(net(s)), std^2), clipped to the box: IQL's policy."""
+
+    def __init__(self, obs_mean, obs_std, act_dim, hidden, std=1.0, bf16=False):
+        super().__init__()
+        self.register_buffer("obs_mean", obs_mean.clone())
+        self.register_buffer("obs_std", obs_std.clone())
+        sizes = [len(obs_mean), *hidden]
+        layers = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.ReLU())]
+        self.net, self.bf16 = nn.Sequential(*layers, nn.Linear(sizes[-1], act_dim)), bf16
+        self.log_std = nn.Parameter(torch.full((act_dim,), math.log(std)))
+
+    def forward(self, obs):
+        """(B, O) raw observations -> mean (B, A) and log_std (A,), the same in every state."""
+        mean = torch.tanh(mlp(self.net, (obs - self.obs_mean) / self.obs_std, self.bf16))
+        return mean, self.log_std.clamp(-20, 2)
+
+    def sample(self, obs, noise):
+        """-> action (B, A) clipped to the box, log_prob of the action before clipping (B,), and that action (B, A)."""
+        mean, log_std = self(obs)
+        action = mean + log_std.exp() * noise
+        return action.clamp(-1, 1), gaussian_log_prob(mean, log_std, action), action
+
+    def mode(self, obs):
+        """-> the mean (B, A), the action that evaluation executes."""
+        return self(obs)[0]
+
+
+def gaussian_log_prob(mean, log_std, action):
+    """log N(action; mean, std^2) in nats, summed over the A dimensions: (..., A) three times -> (...)."""
+    return (-0.5 * ((action - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+class Value(nn.Module):
+    """V(s), of a network with `activation` between its layers."""
+
+    def __init__(self, obs_mean, obs_std, hidden, activation, bf16=False):
+        super().__init__()
+        self.register_buffer("obs_mean", obs_mean.clone())
+        self.register_buffer("obs_std", obs_std.clone())
+        sizes = [len(obs_mean), *hidden]
+        layers = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), activation())]
+        self.net, self.bf16 = nn.Sequential(*layers, nn.Linear(sizes[-1], 1)), bf16
+
+    def forward(self, obs):
+        """(B, O) raw observations -> (B,) return."""
+        return mlp(self.net, (obs - self.obs_mean) / self.obs_std, self.bf16).squeeze(-1)
+
+
+class Adam:
+    """torch's Adam as a function of gradients, which stays inside the compiled update: torch.optim's own step breaks
+    it into pieces and costs a third of its speed. max_norm: longer gradients are shortened to it."""
+
+    def __init__(self, params, lr, eps=1e-8, max_norm=None):
+        self.params, self.lr, self.eps, self.max_norm = list(params), lr, eps, max_norm
+        self.means, self.squares = ([torch.zeros_like(p) for p in self.params] for _ in range(2))
+        self.steps = [torch.zeros((), device=p.device) for p in self.params]
+        for tensor in (*self.means, *self.squares, *self.steps):
+            torch._dynamo.mark_static_address(tensor)  # CUDA graphs refuse to change other tensors in place
+
+    def minimize(self, loss, scale=1.0):
+        """One step on a scalar loss, at `scale` times the learning rate. Only this optimiser's parameters get
+        gradients, so the critics' weights stay out of the actor's graph. autograd.grad and not loss.backward(): the
+        latter does nothing inside torch.compile."""
+        grads, compiling = list(torch.autograd.grad(loss, self.params)), torch.compiler.is_compiling()
+        options = {"foreach": True, "capturable": compiling, "maximize": False, "amsgrad": False, "weight_decay": 0.0}
+        options |= {"lr": self.lr * scale if compiling else float(self.lr * scale), "eps": self.eps}
+        options |= {"beta1": 0.9, "beta2": 0.999}
+        with torch.no_grad():
+            if self.max_norm is not None:
+                norm = torch.stack(torch._foreach_norm(grads)).norm()
+                grads = torch._foreach_mul(grads, (self.max_norm / (norm + 1e-6)).clamp(max=1.0))
+            adam(self.params, grads, self.means, self.squares, [], self.steps, **options)
+
+    def state_dict(self):
+        return {"state": [*self.steps, *self.means, *self.squares]}
+
+    def load_state_dict(self, saved):
+        for mine, value in zip(self.state_dict()["state"], saved["state"], strict=True):
+            mine.copy_(value)
+
+
+def numbers(**values):
+    return {key: value.detach() for key, value in values.items()}
+
+
+def compile_update(update, args):
+    """The whole update as one graph (CUDA graphs on a GPU); with --no-compile, or no compiler, the function itself."""
+    if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        print("no C++ compiler found: the update runs uncompiled, about a third slower", file=sys.stderr)
+        return update
+    torch._dynamo.config.trace_autograd_ops = True  # lets torch.autograd.grad stay inside the graph
+    mode = "reduce-overhead" if args.cuda else "default"
+    return torch.compile(update, mode=mode, fullgraph=True) if args.compile else update
+
+
+class UserError(Exception):
+    """Something the user can put right: `run_cli` prints it as one sentence and exits with code 2."""
+
+
+class Data(NamedTuple):
+    """A flat Minari dataset in memory: N transitions of whole episodes. Time limits are not terminations."""
+
+    name: str
+    rows: torch.Tensor  # (N, 2 O + A + 2) float32: observation, action, reward, next observation, terminated
+    last: torch.Tensor  # (N,) is this transition the last one of its episode?
+    obs_dim: int
+    act_dim: int
+    references: tuple[float, float]  # returns that make 0 and 100 points
+    source: minari.MinariDataset
+
+    def make_env(self):
+        return self.source.recover_environment()
+
+    def split(self, rows):
+        """-> obs (B, O), action (B, A), reward (B,), next_obs (B, O), terminated (B,)."""
+        obs, action, reward, next_obs, end = rows.split([self.obs_dim, self.act_dim, 1, self.obs_dim, 1], dim=-1)
+        return obs, action, reward.squeeze(-1), next_obs, end.squeeze(-1)
+
+    def to_tensor(self, array):
+        return torch.as_tensor(array, dtype=torch.float32, device=self.rows.device)
+
+    def score(self, mean_return):
+        """100 * (return - low) / (high - low), D4RL's points."""
+        low, high = self.references
+        return 100 * (float(mean_return) - low) / (high - low)
+
+
+def check_spec(spec, name):
+    """Making an environment runs code, and a dataset says which: nothing is made but what gymnasium's registry holds,
+    under wrappers of gymnasium that touch no file. `spec`: the dataset's own JSON. Raises UserError."""
+    harmless = "FilterObservation FlattenObservation RescaleAction RescaleObservation ClipAction TimeLimit".split()
+    try:
+        spec, places = json.loads(spec), {f"{getattr(gym.wrappers, w).__module__}:{w}" for w in harmless}
+        good = {wrapper["entry_point"] for wrapper in spec["additional_wrappers"]} <= places
+        good &= gym.registry[spec["id"]].entry_point == spec["entry_point"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{name} names no environment that gymnasium knows ({error!r}); none was made") from error
+    if not good:
+        raise UserError(f"{name} names {spec['id']} with code or wrappers that are not gymnasium's; none was made")
+
+
+def load_data(args, device):
+    """args.dataset, or the local o2o/<env_id>, which offline/collect.py makes if it is missing. Raises UserError if
+    there is no such dataset, or if it is not flat, not finite, or of no environment here."""
+    name, here = args.dataset or f"o2o/{args.env_id}", Path(__file__).resolve().parent
+    folder, scripts = Path(get_dataset_path(name)), [here / "offline/collect.py", here / "collect.py"]
+    if not folder.exists() and not args.dataset:
+        script = next((path for path in scripts if path.exists()), None)
+        print(f"there is no dataset {name} yet; it is made by {script or 'offline/collect.py'}", flush=True)
+        if script is None or subprocess.run([sys.executable, script, "--env-id", args.env_id]).returncode:
+            raise UserError(f"no dataset {name}; make it with offline/collect.py, or name one with --dataset")
+    try:
+        if not folder.exists():
+            minari.download_dataset(name)
+        check_spec(json.loads((folder / "data/metadata.json").read_text()).get("env_spec"), name)
+        source = minari.load_dataset(name)
+        env, episodes = source.recover_environment(), list(source.iterate_episodes())
+        (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
+        columns = [(e.observations[:-1], e.actions, e.rewards, e.observations[1:], e.terminations) for e in episodes]
+        rows = np.concatenate([np.column_stack(episode) for episode in columns]).astype(np.float32)
+        last = np.concatenate([np.arange(len(e.rewards)) == len(e.rewards) - 1 for e in episodes])
+        points = [source.storage.metadata.get(key) for key in ("ref_min_score", "ref_max_score")]
+        low, high = (0.0, 100.0) if None in points else map(float, points)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the store, the network or the simulator raises
+        reason = f"({' '.join(str(error).split()) or type(error).__name__})"
+        raise UserError(f"cannot use the dataset {name} {reason}; `minari list local` shows what there is") from error
+    boxed = (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
+    if not (boxed and rows.shape[1] == 2 * obs_dim + act_dim + 2 and np.isfinite(rows).all() and low < high):
+        raise UserError(f"{name} is not flat, finite and with actions in [-1, 1]; offline/convert.py makes such data")
+    data = Data(name, *(torch.from_numpy(x).to(device) for x in (rows, last)), obs_dim, act_dim, (low, high), source)
+    score = f"score {data.score(np.mean([e.rewards.sum() for e in episodes])):.1f}"
+    scale = "the return, for lack of references" if None in points else f"0 at a return of {low:.0f}, 100 at {high:.0f}"
+    print(f"dataset {name}: {len(rows)} transitions, {score} ({scale}), environment {env.spec.id}", flush=True)
+    return data
+
+
 @torch.no_grad()
 def evaluate(policy, envs, seed, device, gamma=1.0, alpha=0.0):
-    """One episode in each of `envs`, all at once; `policy` maps obs (n, O) and noise (n, A) to actions (n, A) and their
-    log_prob (n,). Start states and noise come from `seed` alone: no random number of training is drawn. -> mean return,
-    mean of sum gamma^t (r - alpha log_prob), and the environment steps of all episodes together."""
-    generator = torch.Generator().manual_seed(seed)
+    """One episode in each of the n `envs`, all at once; `policy` maps obs (n, O) and noise (n, A) to actions (n, A) and
+    their log_prob (n,). Start states and noise come from `seed` alone: no random number of training is drawn.
+    -> returns (n,), sums of gamma^t (r - alpha log_prob) (n,), and the environment steps of all episodes together."""
+    generator, alive, steps, discount = torch.Generator().manual_seed(seed), np.arange(len(envs)), 0, 1.0
     obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
-    returns, discounted, alive, steps, discount = np.zeros(len(envs)), np.zeros(len(envs)), np.arange(len(envs)), 0, 1.0
+    returns, discounted = np.zeros(len(envs)), np.zeros(len(envs))
     while len(alive):
-        noise = torch.randn(len(envs), envs[0].action_space.shape[0], generator=generator)[alive].to(device)
+        noise = torch.randn(len(envs), *envs[0].action_space.shape, generator=generator)[alive].to(device)
         actions, log_prob = policy(torch.as_tensor(obs[alive], dtype=torch.float32, device=device), noise)
-        actions, bonus = actions.cpu().numpy(), -alpha * log_prob.cpu().numpy()
-        running = np.ones(len(alive), dtype=bool)
-        for k, i in enumerate(alive):
-            obs[i], reward, terminated, truncated, _ = envs[i].step(actions[k])
-            returns[i] += reward
-            discounted[i] += discount * (reward + bonus[k])
-            running[k] = not (terminated or truncated)
-        steps, alive, discount = steps + len(alive), alive[running], discount * gamma
-    return returns.mean(), discounted.mean(), steps
+        actions, bonus, over = actions.cpu().numpy(), -alpha * log_prob.cpu().numpy(), []
+        for i, action, extra in zip(alive, actions, bonus, strict=True):
+            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
+            returns[i], discounted[i] = returns[i] + reward, discounted[i] + discount * (reward + extra)
+            over += [i] if terminated or truncated else []
+        steps, alive, discount = steps + len(alive), np.setdiff1d(alive, over), discount * gamma
+    return returns, discounted, steps
 
 
 def mode_of(policy):
@@ -913,150 +622,228 @@ def mode_of(policy):
     return lambda obs, noise: (policy.mode(obs), torch.zeros(len(obs)))
 
 
-# end shared
+def score_actor(args, run, data, envs, choose=False):
+    """-> {"score"} of the actor's mode, from the same start states in every evaluation of a run. With --reference best
+    the actor becomes pi_ref where `choose` allows it and it beats every pi_ref so far: interaction, so it's counted."""
+    progress, actor = run.progress, run.nets["actor"]
+    returns, _, steps = evaluate(mode_of(actor), envs, 100_000_000 + 1_000_000 * args.seed, data.rows.device)
+    score = data.score(returns.mean())
+    if choose and args.reference == "best":
+        progress["selection_steps"] += steps
+        if score > progress["reference_score"]:
+            progress["reference_score"] = score
+            run.nets["reference"].load_state_dict(actor.state_dict())
+    return {"score": score}
 
 
-# shared: env_state
-def env_state(env):
-    """Everything that the next env.step depends on: MuJoCo's state, the time limit's counter, the random state."""
-    base, kind = env.unwrapped, mujoco.mjtState.mjSTATE_INTEGRATION
-    physics = np.zeros(mujoco.mj_stateSize(base.model, kind))
-    mujoco.mj_getState(base.model, base.data, physics, kind)
-    elapsed = env.get_wrapper_attr("_elapsed_steps")
-    return {"physics": torch.from_numpy(physics), "elapsed": elapsed, "rng": base.np_random.bit_generator.state}
+def closing_score(args, policy, data, envs):
+    """The score over 50 episodes or a few more, from start states that no evaluation has seen."""
+    seeds = range(200_000_000 + 1_000_000 * args.seed, 10**12, len(envs))[: -(-50 // len(envs))]
+    return data.score(np.mean([evaluate(mode_of(policy), envs, seed, data.rows.device)[0] for seed in seeds]))
 
 
-def set_env_state(env, saved):
-    """The inverse of env_state, on an environment that has been reset once."""
-    base = env.unwrapped
-    mujoco.mj_setState(base.model, base.data, saved["physics"].numpy(), mujoco.mjtState.mjSTATE_INTEGRATION)
-    env.set_wrapper_attr("_elapsed_steps", saved["elapsed"])
-    base.np_random.bit_generator.state = saved["rng"]
+def make_actor(saved, data, bf16):
+    """The policy of a checkpoint, for the observations and actions of the data."""
+    sizes = torch.zeros(data.obs_dim), torch.ones(data.obs_dim), data.act_dim, saved["policy"]["hidden"]
+    actor = TanhGaussianActor(*sizes, bf16=bf16)
+    actor.load_state_dict(saved["actor"])
+    return actor
 
 
-# end shared
+def load_actor(args, path, run, data):
+    """The offline policy in a checkpoint; if it is of another class, a copy that offline/bc.py teaches to imitate it.
+    Raises UserError if the file is missing, broken, or of another environment."""
+    saved, copy, bc = load_file(path), run.dir / "imitated.pt", Path(__file__).resolve().parent / "offline/bc.py"
+    try:
+        kind, origin = saved["policy"]["kind"], f"{saved['algorithm']}, {saved['step']} updates on {saved['dataset']}"
+        if saved["format"] != 1 or saved["env_id"].split("-")[0] != args.env_id.split("-")[0]:
+            raise UserError(f"{path} is for {saved['env_id']}, in format {saved['format']}; not for {args.env_id}")
+        if kind == KIND:
+            actor = make_actor(saved, data, args.bf16)
+            if not all(x.isfinite().all() for x in actor.state_dict().values()) or (actor.obs_std <= 0).any():
+                raise UserError(f"{path} holds weights that are not finite, or a std that is not positive")
+            print(f"offline policy {path}: {origin}", flush=True)
+            return actor
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        sizes = f"{data.obs_dim} observations and {data.act_dim} actions"
+        raise UserError(f"{path} holds no policy for {sizes} in format 1 ({type(error).__name__})") from error
+    flags = {"env-id": args.env_id, "dataset": data.name, "seed": args.seed, "teacher": path, "policy": KIND}
+    flags |= {"output": copy, "run-dir": run.dir / "imitation"}
+    command = [sys.executable, bc, *(f"--{key}={value}" for key, value in flags.items())]
+    if not copy.exists() and subprocess.run(command).returncode:
+        raise UserError(f"{path} holds a {kind} policy, not a {KIND} one, and offline/bc.py could not imitate it")
+    return load_actor(args, copy, run, data)
 
 
-# shared: files
+def checkpoint(args, data, nets, step, score):
+    """The fine-tuned policy, in the format of the offline ones: plain tensors, numbers and strings."""
+    sizes = [layer.out_features for layer in nets["actor"].net if isinstance(layer, nn.Linear)]
+    origin = {"format": 1, "algorithm": ALGORITHM, "env_id": args.env_id, "dataset": data.name}
+    policy = {"policy": {"kind": KIND, "hidden": sizes[:-1]}, "step": step, "score": score}
+    weights = {net: {key: x.cpu() for key, x in nets[net].state_dict().items()} for net in ("actor", "value")}
+    return {**origin, **policy, **weights, "args": asdict(args), "versions": versions()}
+
+
 def save_file(payload, path):
-    """torch.save that never leaves half a file: written beside `path`, then renamed. Raises UserError if it fails."""
+    """Writes text, or with torch.save anything else, and never leaves half a file. Raises UserError if it fails."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(payload, temporary)
+        temporary.write_text(payload) if isinstance(payload, str) else torch.save(payload, temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
         temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path} ({error}); the previous file, if any, is unchanged") from error
 
 
-def write_json(payload, path):
-    """Never leaves half a file either."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(payload, indent=1))
-    os.replace(temporary, path)
-
-
-def load_file(path, device):
-    """torch.load of tensors, numbers and strings only. Raises UserError if the file is missing or broken."""
+def load_file(path):
+    """torch.load of tensors, numbers and strings, so no code. Raises UserError if the file is missing or broken."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is incomplete or no checkpoint of ours ({type(error).__name__})") from error
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # a damaged zip or pickle raises nearly anything
+        reason = type(error).__name__ if Path(path).exists() else "there is no such file"
+        raise UserError(f"{path} is missing, incomplete or no checkpoint of ours ({reason})") from error
 
 
 def versions():
     """Of the packages that decide what a run computes."""
-    return {m.__name__: str(m.__version__) for m in (torch, np, gym, mujoco, minari)}
+    return {name: version(name) for name in ("torch", "numpy", "gymnasium", "mujoco", "minari")}
 
 
-# end shared
-
-
-# shared: run_folder
 class Run:
-    """The run folder and everything that makes a run resumable. `progress` holds plain numbers, strings and lists."""
+    """The run folder: args.json, metrics.jsonl and TensorBoard events, summary.json, and resume.pt, which holds
+    everything that the next update depends on. `progress` are plain numbers, strings and lists. Nothing is written
+    before `restore`, when all that can be refused has been."""
 
-    def __init__(self, args, algorithm, progress):
+    def __init__(self, args, progress):
         default = f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.dir, saved = Path(args.resume or args.run_dir or default), None
-        if args.resume and (self.dir / "resume.pt").exists():
-            saved = load_file(self.dir / "resume.pt", "cpu")
-        elif not args.resume and (self.dir / "args.json").exists():
+        self.args, self.dir = args, Path(args.resume or args.run_dir or default)
+        if not args.resume and (self.dir / "args.json").exists():
             raise UserError(f"{self.dir} holds a run already; continue it with --resume or name another --run-dir")
-        self.dir.mkdir(parents=True, exist_ok=True)
-        write_json({"algorithm": algorithm, **asdict(args)}, self.dir / "args.json")
-        self.metrics = open(self.dir / "metrics.jsonl", "a")
-        self.metrics.truncate(saved["metrics_bytes"] if saved else 0)  # rows after resume.pt will be written again
-        self.progress, self.saved = saved["progress"] if saved else progress, saved
-        self.started = time.time() - (saved["seconds"] if saved else 0)
-        self.nets, self.optimizers, self.generator = {}, {}, None
-        self.board, self.wandb = SummaryWriter(self.dir / "tensorboard"), None
-        if args.track:
-            import wandb
-
-            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": self.dir.name}
-            self.wandb = wandb.init(**names, config=asdict(args))
+        begun = args.resume and (self.dir / "resume.pt").exists()
+        self.saved = {"metrics": [], "seconds": 0.0} | (load_file(self.dir / "resume.pt") if begun else {})
+        self.progress, self.metrics = progress | self.saved.get("progress", {}), self.saved["metrics"]
+        self.started, self.writing = time.time() - self.saved["seconds"], False
 
     def restore(self, nets, optimizers, generator):
-        """Names what resume.pt holds, and loads it when this run continues one."""
+        """Names what resume.pt holds, loads it when this run continues one, and begins to write."""
         self.nets, self.optimizers, self.generator = nets, optimizers, generator
-        if self.saved:
-            for kind, parts in (("nets", nets), ("optimizers", optimizers)):
-                for key, part in parts.items():
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.dir / "lock", "a")  # the operating system lets go of it when the process ends
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for kind, parts in {"nets": nets, "optimizers": optimizers}.items():
+                for key, part in parts.items() if kind in self.saved else ():
                     part.load_state_dict(self.saved[kind][key])
-            generator.set_state(self.saved["generator"])
+            generator.set_state(self.saved.get("generator", generator.get_state()))
+        except BlockingIOError as error:
+            raise UserError(f"another process writes to {self.dir}; wait for it, or name another --run-dir") from error
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(f"{self.dir}/resume.pt does not fit this run ({type(error).__name__})") from error
+        save_file(json.dumps({"algorithm": ALGORITHM, **asdict(self.args)}, indent=1), self.dir / "args.json")
+        save_file("".join(self.metrics), self.dir / "metrics.jsonl")  # rows after resume.pt will be written again
+        if self.args.track:
+            import wandb
+
+            names = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity, "name": self.dir.name}
+            wandb.init(**names, config=asdict(self.args), sync_tensorboard=True)
+        self.board, self.writing = SummaryWriter(self.dir / "tensorboard"), True
+        self.summarize("running")
 
     def save(self, **extra):
         """Writes resume.pt. `extra`: what the current stage needs beyond networks, optimisers and progress."""
         parts = {"nets": self.nets, "optimizers": self.optimizers}
         state = {kind: {key: part.state_dict() for key, part in parts[kind].items()} for kind in parts}
-        state |= {"generator": self.generator.get_state(), "progress": self.progress, **extra}
-        position = {"metrics_bytes": self.metrics.tell(), "seconds": time.time() - self.started}
-        save_file({**state, **position}, self.dir / "resume.pt")
+        state |= {"generator": self.generator.get_state(), "progress": self.progress, "metrics": self.metrics}
+        save_file({**state, "seconds": time.time() - self.started, **extra}, self.dir / "resume.pt")
 
-    def finite(self, stage, step, values):
-        """-> `values` as plain numbers. Raises UserError if one is not finite; resume.pt keeps the last good state."""
-        values = {key: float(value) for key, value in values.items()}
-        for key, value in values.items():
-            if not math.isfinite(value):
-                message = f"{stage}/{key} is not finite at step {step}; {self.dir}/resume.pt keeps the last good state"
-                raise UserError(f"{message}, lower the learning rates or check the data")
-        return values
+    def enter(self, stage):
+        """The border between two stages is a point to resume from."""
+        self.progress |= {"stage": stage, "step": 0}
+        self.save()
 
     def log(self, stage, step, values):
-        """One row of metrics.jsonl."""
-        values = {f"{stage}/{key}": value for key, value in self.finite(stage, step, values).items()}
-        for key, value in values.items():
+        """One row of metrics.jsonl, TensorBoard and the console; draws curve.png anew. Raises UserError if a number is
+        not finite: resume.pt then keeps the last good state."""
+        row = {f"{stage}/{key}": float(value) for key, value in values.items()}
+        if bad := [key for key, value in row.items() if not math.isfinite(value)]:
+            hint = f"{self.dir}/resume.pt keeps the last good state, lower the learning rates or check the data"
+            raise UserError(f"{bad[0]} is not finite at step {step}; {hint}")
+        print(f"{stage} {step}: " + ", ".join(f"{key} {float(x):.4g}" for key, x in values.items()), flush=True)
+        for key, value in row.items():
             self.board.add_scalar(key, value, step)
-        self.metrics.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
-        self.metrics.flush()
-        if self.wandb:
-            self.wandb.log({**values, f"{stage}/step": step})
+        self.metrics.append(json.dumps({"stage": stage, "step": step, **row}) + "\n")
+        with open(self.dir / "metrics.jsonl", "a") as file:
+            file.write(self.metrics[-1])
+        draw_curve(self)
+
+    def summarize(self, status):
+        """Writes and returns summary.json: scores in D4RL's points, `scores` [environment step, score]."""
+        args, progress, scores = self.args, self.progress, [score for _, score in self.progress.get("scores", [])]
+        summary = {"env_id": args.env_id, "dataset": args.dataset or f"o2o/{args.env_id}", "algorithm": ALGORITHM}
+        summary |= {"seed": args.seed, **{key: value for key, value in progress.items() if key not in PRIVATE.split()}}
+        if scores:
+            early = [score for step, score in progress["scores"] if step <= args.online_steps / 10] or scores[:1]
+            summary |= {"final_score": float(np.mean(scores[-5:])), "best_score": max(scores)}
+            summary |= {"initial_drop": progress["offline_score"] - min(early), "auc": float(np.mean(scores))}
+        summary |= {"wall_seconds": time.time() - self.started, "versions": versions(), "status": status}
+        if self.writing:  # else the run was refused
+            save_file(json.dumps(summary, indent=1), self.dir / "summary.json")
+        return summary
 
 
-def stored_args(folder, algorithm):
-    """The arguments of the run in `folder`. Raises UserError if there is none or if it is another algorithm's."""
-    path = Path(folder) / "args.json"
-    if not path.exists():
-        raise UserError(f"nothing to resume: {path} does not exist")
+def draw_curve(run):
+    """curve.png: the score over the steps of each stage, the offline policy's dashed."""
+    rows = [row for row in map(json.loads, run.metrics) if f"{row['stage']}/score" in row]
+    stages = list(dict.fromkeys(row["stage"] for row in rows)) or ["online"]
+    figure, axes = plt.subplots(1, len(stages), figsize=(4.5 * len(stages), 3.5), squeeze=False, layout="constrained")
+    for axis, stage in zip(axes[0], stages, strict=True):
+        points = [(row["step"], row[f"{stage}/score"]) for row in rows if row["stage"] == stage]
+        axis.plot([step for step, _ in points], [score for _, score in points], ".-", label=run.args.exp_name)
+        if run.progress.get("offline_score") is not None:
+            axis.axhline(run.progress["offline_score"], color="black", linestyle="--", label="offline policy")
+        axis.set(title=stage, xlabel="environment steps" if stage == "online" else "updates", ylabel="score")
+        axis.legend(fontsize=8)
+    figure.savefig(run.dir / "curve.png", dpi=100)
+    plt.close(figure)
+
+
+def check_ranges(args):
+    """Every number lies in its range, so that nothing fails, or does nonsense, after hours. Raises UserError."""
+    for (low, high), flags in RANGES.items():
+        for flag in flags.split():
+            value = getattr(args, flag)
+            if value is not None and not (isinstance(value, int | float) and low <= value <= high):
+                raise UserError(f"--{flag.replace('_', '-')} is {value}; it has to lie between {low:g} and {high:g}")
+
+
+def parse_args(argv=None):
+    """The settings of the task, or with --resume those of the run, are the defaults; the command line wins. A run that
+    is resumed may get other budgets, but not become another method. Raises UserError."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
+    if not args.resume:
+        return tyro.cli(Args, args=argv, default=replace(Args(), **settings(args)))
     try:
-        stored = json.loads(path.read_text())
-        if stored.pop("algorithm") != algorithm:
-            raise UserError(f"{folder} is not a run of {algorithm}; resume it with the script that started it")
-        return Args(**{**stored, "resume": str(folder)})
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged or of another version of this script ({error})") from error
+        stored = json.loads((Path(args.resume) / "args.json").read_text())
+        algorithm, default = stored.pop("algorithm"), Args(**{**stored, "resume": args.resume})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{args.resume} holds no run of this script that could be resumed ({error})") from error
+    args = tyro.cli(Args, args=argv, default=default)
+    changed = [flag for flag, value in asdict(args).items() if value != getattr(default, flag)]
+    if algorithm != ALGORITHM or not set(changed) <= set(RESUMABLE.split()):
+        raise UserError(
+            f"{args.resume} is a run of {algorithm}; when it is resumed, only these may change: {RESUMABLE}"
+        )
+    return args
 
 
-def run_cli(main, algorithm):
-    """Runs main(args) on the command line; a UserError becomes one sentence on stderr and exit code 2. With --resume
-    the stored arguments are the defaults, and the command line still wins."""
+def run_cli(main):
+    """A UserError becomes one sentence on stderr and exit code 2; SIGTERM ends a run like Ctrl-C, with a summary."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs would ignore the former
+        signal.signal(number, signal.default_int_handler)
     try:
-        args = tyro.cli(Args)
-        main(tyro.cli(Args, default=stored_args(args.resume, algorithm)) if args.resume else args)
+        main(parse_args())
     except (UserError, OSError) as error:  # OSError: no space left, no permission
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -1064,141 +851,38 @@ def run_cli(main, algorithm):
         sys.exit(130)
 
 
-def pick_device(cuda):
-    if cuda and not torch.cuda.is_available():
-        raise UserError("--cuda was asked for but torch sees no CUDA device; leave it out to run on the CPU")
-    return torch.device("cuda" if cuda else "cpu")
-
-
-# end shared
-
-
-# shared: summary
-def write_summary(run, args, data_name, algorithm, status):
-    """summary.json from run.progress; -> the summary. Scores are D4RL's points, `scores` [environment step, score]."""
-    progress, scores = run.progress, [score for _, score in run.progress["scores"]]
-    early = [score for step, score in progress["scores"] if step <= args.online_steps / 10] or scores[:1]
-    summary = {
-        "env_id": args.env_id,
-        "dataset": data_name,
-        "algorithm": algorithm,
-        "seed": args.seed,
-        **{key: progress[key] for key in ("offline_score", "fitted_score", "aligned_score", "scores")},
-        "final_score": float(np.mean(scores[-5:])) if scores else None,
-        "best_score": max(scores, default=None),
-        "initial_drop": progress["offline_score"] - min(early) if early else None,
-        "auc": float(np.mean(scores)) if scores else None,
-        **{key: progress[key] for key in ("online_steps", "selection_steps", "updates_per_second")},
-        "wall_seconds": time.time() - run.started,
-        "versions": versions(),
-        "status": status,
-    }
-    write_json(summary, run.dir / "summary.json")
-    return summary
-
-
-def draw_curve(run):
-    """curve.png, all stages side by side: values against updates (stage 1), scores against updates (stage 2) and
-    against environment steps (stage 3)."""
-    rows = [json.loads(line) for line in (run.dir / "metrics.jsonl").read_text().splitlines()]
-    panels = [stage for stage in ("reevaluate", "align", "online") if any(row["stage"] == stage for row in rows)]
-    if not panels:
-        return
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.5), squeeze=False, layout="constrained")
-    for axis, stage in zip(axes[0], panels, strict=True):
-        points = [row for row in rows if row["stage"] == stage]
-        values = ("q_mean", "v_start", "soft_return", "discounted_return")
-        for key in values if stage == "reevaluate" else ("score", "score_sampled"):
-            if f"{stage}/{key}" in points[0]:
-                axis.plot([row["step"] for row in points], [row[f"{stage}/{key}"] for row in points], ".-", label=key)
-        if stage != "reevaluate":
-            axis.axhline(run.progress["offline_score"], color="black", linestyle="--", label="offline policy")
-        axis.set(title=stage, xlabel="environment steps" if stage == "online" else "updates")
-        axis.set_ylabel("return, discounted" if stage == "reevaluate" else "normalised score")
-        axis.locator_params(axis="x", nbins=5)
-        axis.legend(fontsize=8)
-    figure.savefig(run.dir / "curve.png", dpi=100)
-    plt.close(figure)
-
-
-def report(run, stage, step, values):
-    """Logs, prints and draws one row of numbers."""
-    run.log(stage, step, values)
-    print(f"{stage} {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()), flush=True)
-    draw_curve(run)
-
-
-@torch.no_grad()
-def record_video(policy, make_env, path, seed, device):
-    """One episode as an mp4 file. Raises UserError if this machine cannot render."""
-    frames = []
-    try:
-        env = make_env(render_mode="rgb_array")
-        obs, done = env.reset(seed=seed)[0], False
-        while not done:
-            frames.append(env.render())
-            obs_batch = torch.as_tensor(obs[None], dtype=torch.float32, device=device)
-            obs, _, terminated, truncated, _ = env.step(policy(obs_batch).cpu().numpy()[0])
-            done = terminated or truncated
-    except (ImportError, AttributeError, gym.error.Error, mujoco.FatalError) as error:
-        hint = "set MUJOCO_GL=egl or osmesa, or leave --capture-video out"
-        raise UserError(f"cannot render ({error}); {hint}") from error
-    path.parent.mkdir(exist_ok=True)
-    imageio.mimsave(path, frames, fps=env.metadata["render_fps"])
-
-
-# end shared
-
-
-def export(args, data, nets, progress):
-    """The checkpoint of the fine-tuned policy, in the format of the offline ones."""
-    sizes = [layer.out_features for layer in nets["actor"].net if isinstance(layer, nn.Linear)]
-    return {
-        "format": 1,
-        "algorithm": "o2o_ppo",
-        "env_id": args.env_id,
-        "dataset": data.name,
-        "policy": {"kind": "tanh_gaussian", "hidden": sizes[:-1]},
-        "actor": {key: value.cpu() for key, value in nets["actor"].state_dict().items()},
-        "value": {key: value.cpu() for key, value in nets["value"].state_dict().items()},
-        "step": progress["online_steps"],
-        "score": progress["scores"][-1][1] if progress["scores"] else progress["offline_score"],
-        "args": asdict(args),
-        "versions": versions(),
-    }
-
-
 def main(args: Args):
-    fill_defaults(args)
+    """-> what summary.json says. Raises UserError before anything is written, if it can."""
+    check_ranges(args)
+    if args.rollout % args.minibatch_size or args.rollout % args.num_envs:
+        raise UserError(f"--rollout {args.rollout} is no multiple of --minibatch-size and of --num-envs")
     torch.set_num_threads(args.num_threads)
-    torch.set_float32_matmul_precision(args.matmul_precision)
-    device = pick_device(args.cuda)
+    if args.cuda and not torch.cuda.is_available():
+        raise UserError("--cuda was asked for but torch sees no CUDA device; leave it out to run on the CPU")
+    if args.checkpoint is None:
+        args.checkpoint = str(Path(__file__).resolve().parent / "offline/checkpoints" / args.env_id / f"{SOURCE}.pt")
     if not Path(args.checkpoint).exists():
-        command = f"python offline/iql.py --env-id {args.env_id} --updates 200000"
-        hint = f"train one with: {command}, or name one with --checkpoint"
-        raise UserError(f"no offline policy at {args.checkpoint}; {hint}")
-    data = load_dataset(args.env_id, args.dataset)
-    teacher, saved = load_policy(args.checkpoint, args.env_id, data.obs_dim, data.act_dim, std=args.fit_std)
-    progress = {"stage": "start", "step": 0, "online_steps": 0, "selection_steps": 0, "updates_per_second": {}}
-    progress |= {"offline_score": None, "fitted_score": None, "aligned_score": None, "scores": []}
-    progress["layout"] = [args.num_envs, args.rollout, args.scale_rewards]
-    run, status = Run(args, "o2o_ppo", progress), "failed"
-    if run.progress["layout"] != progress["layout"]:
-        raise UserError("a resumed run has to keep its --num-envs, --rollout and --scale-rewards")
+        command = f"python offline/{SOURCE}.py --env-id {args.env_id}"
+        raise UserError(f"no offline policy at {args.checkpoint}; train one with {command}, or name a --checkpoint")
+    progress = {"stage": "start", "step": 0, "episode_start": 0, "online_steps": 0, "selection_steps": 0, "scores": []}
+    progress |= {"offline_score": None, "aligned_score": None, "closing_score": None, "reference_score": -math.inf}
+    run = Run(args, progress | {"updates_per_second": {}})
+    if run.progress["online_steps"] > args.online_steps:
+        raise UserError(f"{run.dir} did {run.progress['online_steps']} --online-steps already; resume it with more")
+    data = load_data(args, torch.device("cuda" if args.cuda else "cpu"))
+    actor, status = load_actor(args, args.checkpoint, run, data), "failed"
     try:
-        train(args, run, data, teacher.to(device), saved["policy"]["hidden"], device)
+        train(args, run, data, actor)
         status = "complete"
     except KeyboardInterrupt:
         status = "interrupted"
         raise
     finally:
-        summary = write_summary(run, args, data.name, "o2o_ppo", status)
-        for key, value in summary.items():
-            if isinstance(value, float):
-                print(f"{key:15} {value:7.1f}")
+        summary = run.summarize(status)
+        print("\n".join(f"{key:15} {value:7.1f}" for key, value in summary.items() if isinstance(value, float)))
         print(f"{status} after {summary['wall_seconds']:.0f} s; everything is in {run.dir}")
     return summary
 
 
 if __name__ == "__main__":
-    run_cli(main, "o2o_ppo")
+    run_cli(main)

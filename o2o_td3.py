@@ -7,74 +7,62 @@ whatever trained it:
 
   1 reevaluate  learn Q of the frozen offline policy on the data, with TD3's own    td_target
                 Bellman operator and no pessimism
-  2 align       keep Q of the policy's action, lower the others to a bump around    alignment_target
-                it; update the actor on the result
-  3 finetune    TD3 online, under (pi - pi_ref)^2 < limit(t), by a Lagrangian       td_target,
+  2 align       keep Q of the policy's action, lower the others the further away    alignment_target
+                they are; update the actor on the result
+  3 finetune    TD3 online, under |pi - pi_ref|^2 < limit(t), by a Lagrangian       td_target,
                 whose multiplier is learned; the limit grows, pi_ref improves       multiplier_loss
 
     python o2o_td3.py --env-id hopper-medium-v2  # makes the dataset, then all three stages
     python o2o_td3.py --reevaluation-steps 500000 --alignment-steps 500000 --online-steps 100000  # the paper's budget
 
-What a deterministic policy changes, against o2o_sac.py: no density, so the bump takes the place of log pi in the
-alignment and the squared distance of two actions that of their log ratio; target smoothing and exploration noise take
-the place of the entropy; the actor, its target and the multiplier move at every second update.
+Not in the paper but in the released code: asymmetric weights in the multiplier's loss; the cap on the distance in
+the alignment, which lowers a value by 4 % at most (on the poster the cap is a floor). docs/method.md has what differs
+from the paper and from the released code.
 
-Differs from the released code: the buffer stores the action that was executed, with its noise (there the one without);
-the penalty in the Bellman target is that of each next state (there one mean over the batch); evaluation has
-environments and seeds of its own. Same as there, not in the poster: the distance in the bump is capped at 0.2, so a
-target is lowered by 3.85 % at most; the asymmetric weight of the multiplier's loss. The ablation --no-reevaluate starts
-stages 2 and 3 from untrained critics, since an offline method's own are not used.
-
-Blocks between `# shared:` and `# end shared` (tasks, data, networks, files, plots) are the same in every script. The
-method is the rest: from td_target to train.
+The method ends with `train`. What follows (networks, data, run folder) is the same in every script.
 """
 
-import difflib
+import fcntl
 import json
 import math
 import os
-import pickle
+import shutil
+import signal
 import subprocess
 import sys
 import time
-import zipfile
-from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import asdict, dataclass
-from functools import cache, partial
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import gymnasium as gym
-import h5py
-import imageio
 import matplotlib.pyplot as plt
 import minari
-import mujoco
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
 from minari.storage.datasets_root_dir import get_dataset_path
 from torch import nn
-from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import InvalidCxxCompiler
+from torch.optim.adam import adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
 @dataclass
 class Args:
-    env_id: str = "hopper-medium-v2"  # {hopper,walker2d,halfcheetah}-{random,medium{,-replay,-expert},expert}-v2
+    env_id: str = "hopper-medium-v2"  # task: names the dataset, the offline policy and the run folder
     seed: int = 1  # the only seed: networks, batches, training and evaluation environments derive from it
     exp_name: str = "o2o_td3"  # part of the run folder's name
     cuda: bool = False  # train on a GPU
     track: bool = False  # also log to Weights & Biases
     wandb_project_name: str = "o2o"  # project there
     wandb_entity: str | None = None  # team there
-    capture_video: bool = False  # film an episode of the offline, the aligned and the final policy
-    dataset: str | None = None  # Minari id or D4RL .hdf5 file; None: local Minari dataset o2o/<env_id>, made if missing
+    dataset: str | None = None  # Minari id, local or remote; None: o2o/<env_id>, made by offline/collect.py if missing
     checkpoint: str | None = None  # offline policy; None: offline/checkpoints/<env_id>/td3_bc.pt
     run_dir: str | None = None  # folder of this run; None: runs/<env_id>__<exp_name>__<seed>__<time>
     resume: str | None = None  # folder of a run that was cut off, to be continued
@@ -85,526 +73,51 @@ class Args:
     reevaluate: bool = True  # stage 1; off: ablation
     align: bool = True  # stage 2; off: ablation
     constrain: bool = True  # the constraint of stage 3; off: ablation
-    fit_steps: int = 20_000  # updates that fit our actor to an offline policy of another class
     updates_per_step: int = 1  # gradient steps per environment step
     warm_up: int = 1_000  # environment steps that act without updates
-    offline_data: Literal["half", "all", "none", "part"] = "half"  # batches of stage 3: half offline and half
-    # online; or from one buffer that starts with all the offline data, none of it, or its best 50 episodes
+    offline_fraction: float = 0.5  # share of the data in the batches of stage 3
     eval_every: int = 1_000  # environment steps between evaluations
-    eval_every_updates: int = 5_000  # updates between them in stages 1 and 2, rounded up to hundreds
+    eval_every_updates: int = 5_000  # updates between them in stages 1 and 2
     eval_episodes: int = 10  # episodes of one evaluation, all at once
 
     batch_size: int = 256  # transitions of one gradient step
     gamma: float = 0.99  # discount
-    tau: float = 0.005  # Polyak rate of the target critics
+    tau: float = 0.005  # Polyak rate of the targets
     policy_lr: float = 1e-4  # actor
-    critic_lr: float = 3e-4  # critics, and the fit to a policy of another class
-    policy_delay: int = 2  # stage 3: critic updates per update of the actor, its target and the multiplier
-    policy_noise: float = 0.2  # std of the noise on the target's action, and cap of the distance in the bump
+    critic_lr: float = 3e-4  # critics
+    policy_delay: int = 2  # stage 3: critic updates per update of the actor, the targets and the multiplier
+    policy_noise: float = 0.2  # std of the noise on the target's action, and cap of the distance in the alignment
     noise_clip: float = 0.5  # its largest absolute value
-    exploration_noise: float | None = None  # std of the noise on executed actions; None: 0.1, expert data 0.05
+    exploration_noise: float = 0.1  # std of the noise on executed actions
     bump: float = 1.0  # k: how fast the aligned value falls with the squared distance from the policy's action
-    distance_start: float | None = None  # limit on (pi - pi_ref)^2 at step 0; None: 0.0025, expert data 2.5e-5
-    distance_end: float | None = (
-        None  # limit after distance_steps; None: 0.04, expert data 6.25e-4; interval: a quarter
-    )
-    distance_steps: int = 100_000  # environment steps over which the limit grows
+    limit_start: float = 0.0025  # limit on (pi - pi_ref)^2 at step 0
+    limit_end: float = 0.04  # limit after limit_steps
+    limit_steps: int = 100_000  # environment steps over which the limit grows
     multiplier: float = 1.0  # lambda at the start of stage 3
-    multiplier_lr: float = 5e-5  # of log lambda
+    multiplier_lr: float = 5e-5  # of log lambda, one step per update of the actor
     kappa: float = 0.7  # weight of a violated constraint in lambda's loss; a slack one weighs 1 - kappa
     reference: Literal["best", "interval"] = "best"  # pi_ref: the best policy so far, or renewed at intervals
     reference_every: int = 10_000  # environment steps between renewals with --reference interval
 
     compile: bool = True  # compile each update into one graph
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # fp32; medium: bf16 products
+    bf16: bool = False  # matrix products in bf16, on CPUs and GPUs that have units for it
     num_threads: int = 1  # CPU threads: such small networks get slower, not faster, once threads exceed the free cores
 
 
-# shared: tasks
-class UserError(Exception):
-    """Something the user can put right: `run_cli` prints it as one sentence and exits with code 2."""
-
-
-# D4RL's names: environment, and the two returns that make 0 and 100 points (D4RL's, measured on its own environments)
-ENVS = {
-    "hopper": ("Hopper-v5", -20.272305, 3234.3),
-    "walker2d": ("Walker2d-v5", 1.629008, 4592.3),
-    "halfcheetah": ("HalfCheetah-v5", -280.178953, 12135.0),
-}
-TASKS = [f"{env}-{q}-v2" for env in ENVS for q in ("random", "medium", "medium-replay", "medium-expert", "expert")]
-
-
-def parse_task(env_id):
-    """`hopper-medium-v2` -> (`hopper`, `medium`). Raises UserError for a name that is not in TASKS."""
-    if env_id not in TASKS:
-        near = difflib.get_close_matches(env_id, TASKS, n=len(TASKS), cutoff=0.0)
-        raise UserError(f"unknown task '{env_id}'; known tasks, nearest first: {', '.join(near)}")
-    name, quality = env_id.removesuffix("-v2").split("-", 1)
-    return name, quality
-
-
-def normalized_score(env_id, returns):
-    """100 * (return - random) / (expert - random), D4RL's points; `returns` a number or an array."""
-    _, low, high = ENVS[parse_task(env_id)[0]]
-    return 100 * (returns - low) / (high - low)
-
-
-# end shared
-
-
-# shared: task_settings
-# What the authors change with the task (appendix of the paper): (usual value, value on data of expert quality) by flag.
-# Each script reads the rows of the flags that it has.
-SETTINGS = {
-    "alpha": (0.2, 0.5),  # O2SAC
-    "kl_start": (0.125, 0.005),
-    "kl_end": (2.0, 0.125),
-    "exploration_noise": (0.1, 0.05),  # O2TD3
-    "distance_start": (0.0025, 2.5e-5),
-    "distance_end": (0.04, 6.25e-4),
-    "alignment_steps": (250_000, 500_000),  # O2PPO
-    "epochs": (10, 10),
-    "max_std": (math.exp(2), math.exp(2)),
-    "scale_rewards": (False, False),
-}
-EXCEPTIONS = {  # to the above, by environment
-    "hopper": {"epochs": (10, 5), "max_std": (math.exp(2), 0.05)},
-    "halfcheetah": {"scale_rewards": (True, True)},
-}
-
-
-def fill_settings(args):
-    """Replaces each None in `args` that SETTINGS has a value for. The limits that --reference interval works towards
-    are a quarter of the others, because its reference policy moves on by itself."""
-    name, quality = parse_task(args.env_id)
-    expert = quality in ("expert", "medium-expert")
-    for flag, values in {**SETTINGS, **EXCEPTIONS.get(name, {})}.items():
-        if getattr(args, flag, values) is None:
-            quarter = flag in ("kl_end", "distance_end") and args.reference == "interval"
-            setattr(args, flag, values[expert] / 4 if quarter else values[expert])
-
-
-# end shared
-
-
-def fill_defaults(args):
-    """Replaces what is None in `args` by what the task asks for."""
-    fill_settings(args)
-    if args.checkpoint is None:
-        args.checkpoint = str(Path(__file__).resolve().parent / "offline/checkpoints" / args.env_id / "td3_bc.pt")
-
-
-# shared: dataset
-class Dataset(NamedTuple):
-    """An offline dataset in memory: N transitions of whole episodes. Time limits are not terminations."""
-
-    name: str
-    rows: torch.Tensor  # (N, 2 O + A + 2) float32: observation, action, reward, next observation, terminated
-    episode: torch.Tensor  # (N,) index of the episode of each row
-    returns: np.ndarray  # (E,) undiscounted return of each episode
-    obs_dim: int
-    act_dim: int
-    make_env: Callable[..., gym.Env]  # the environment the data belong to
-
-
-def split(rows, obs_dim, act_dim):
-    """(B, 2 O + A + 2) rows -> obs (B, O), action (B, A), reward (B,), next_obs (B, O), terminated (B,)."""
-    obs, action, reward, next_obs, terminated = rows.split([obs_dim, act_dim, 1, obs_dim, 1], dim=-1)
-    return obs, action, reward.squeeze(-1), next_obs, terminated.squeeze(-1)
-
-
-def read_minari(dataset_id, download):
-    """-> episodes [(observations (T+1, O), actions (T, A), rewards (T,), terminations (T,))] and make_env."""
-    try:
-        data = minari.load_dataset(dataset_id, download=download)
-        episodes = [(e.observations, e.actions, e.rewards, e.terminations) for e in data.iterate_episodes()]
-    except Exception as error:  # whatever the store or the network raises, the user has to look at the dataset
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"cannot read the Minari dataset '{dataset_id}' ({reason}); see `minari list local`") from error
-    return episodes, data.recover_environment
-
-
-def read_d4rl(path, gym_id):
-    """The same from a file in D4RL's layout, which has no next state where an episode ends by time limit: that last
-    step is dropped. D4RL collected on the environments that gymnasium calls v4."""
-    try:
-        with h5py.File(path) as file:
-            obs, actions, rewards, ends = (file[key][()] for key in ("observations", "actions", "rewards", "terminals"))
-            limits = file["timeouts"][()] if "timeouts" in file else np.zeros(len(ends))
-    except (OSError, KeyError) as error:
-        raise UserError(f"{path} is not a complete HDF5 file in D4RL's layout ({error})") from error
-    if not len(obs) == len(actions) == len(rewards) == len(ends) == len(limits):
-        raise UserError(f"{path}: observations, actions, rewards, terminals and timeouts differ in length")
-    ends, episodes, start = ends.astype(bool), [], 0
-    for last in np.flatnonzero(ends | limits.astype(bool) | (np.arange(len(ends)) == len(ends) - 1)):
-        if ends[last]:  # the state after a terminal is never used, so any will do
-            observations, stop = np.concatenate([obs[start : last + 1], obs[last : last + 1]]), last + 1
-        else:
-            observations, stop = obs[start : last + 1], last
-        if stop > start:
-            episodes.append((observations, actions[start:stop], rewards[start:stop], ends[start:stop]))
-        start = last + 1
-    return episodes, lambda **kwargs: gym.make(gym_id.replace("-v5", "-v4"), **kwargs)
-
-
-def load_dataset(env_id, dataset=None):
-    """`dataset`: a Minari id or a path to a D4RL .hdf5 file; None: the local Minari dataset o2o/<env_id>, which
-    offline/collect.py makes if it does not exist. Only an explicit Minari id may touch the network.
-    Raises UserError if there is no such dataset or if it does not fit the task."""
-    gym_id, low, high = ENVS[parse_task(env_id)[0]]
-    name = dataset or f"o2o/{env_id}"
-    if name.endswith((".hdf5", ".h5")):
-        episodes, make_env = read_d4rl(name, gym_id)
-    else:
-        if not dataset and not get_dataset_path(name).exists():
-            here = Path(__file__).resolve().parent
-            collect = next((p for p in (here / "offline/collect.py", here / "collect.py") if p.exists()), None)
-            if collect is None:
-                raise UserError(f"no dataset {name} here; make it with offline/collect.py or name one with --dataset")
-            print(f"{name} does not exist yet, making it with {collect.name}", flush=True)
-            if subprocess.run([sys.executable, collect, "--env-id", env_id]).returncode:
-                raise UserError(f"{collect} could not make {name}, for the reason above")
-        episodes, make_env = read_minari(name, download=dataset is not None)
-    if not episodes:
-        raise UserError(f"{name} is empty")
-    try:
-        env = make_env()
-    except (ValueError, ImportError, gym.error.Error) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{name} names no environment that can be made here ({reason}); see README, Data") from error
-    if env.spec is None or env.spec.id.split("-v")[0] != gym_id.split("-v")[0]:
-        raise UserError(f"{name} belongs to {env.spec and env.spec.id}, {env_id} needs {gym_id.split('-v')[0]}")
-    box = env.action_space
-    if not hasattr(env.unwrapped, "model") or not ((box.low == -1).all() and (box.high == 1).all()):
-        raise UserError(f"{env.spec.id} is not a MuJoCo environment with actions in [-1, 1]; see README, Data")
-    obs_dim, act_dim = env.observation_space.shape[0], box.shape[0]
-    for observations, actions, rewards, _ in episodes:
-        shapes = np.shape(observations)[1:], np.shape(actions)[1:]
-        if shapes != ((obs_dim,), (act_dim,)):
-            expected = (obs_dim,), (act_dim,)
-            raise UserError(f"{name} has observations and actions of shapes {shapes}, {env.spec.id} {expected}")
-        if not all(np.isfinite(x).all() for x in (observations, actions, rewards)):
-            raise UserError(f"{name} holds NaN or infinite numbers; remove those episodes first")
-    blocks = [np.concatenate([o[:-1], a, r[:, None], o[1:], d[:, None]], axis=1) for o, a, r, d in episodes]
-    rows = torch.from_numpy(np.concatenate(blocks, dtype=np.float32))
-    episode = torch.arange(len(blocks)).repeat_interleave(torch.tensor([len(block) for block in blocks]))
-    returns = np.array([rewards.sum() for _, _, rewards, _ in episodes])
-    print(
-        f"dataset {name}: {len(rows)} transitions, {len(blocks)} episodes, mean return {returns.mean():.0f} "
-        f"(score {normalized_score(env_id, returns.mean()):.1f}), environment {env.spec.id}, "
-        f"0 points at a return of {low:.0f}, 100 at {high:.0f}",
-        flush=True,
-    )
-    return Dataset(name, rows, episode, returns, obs_dim, act_dim, make_env)
-
-
-# end shared
-
-
-# shared: squashed_gaussian
-class SquashedGaussianActor(nn.Module):
-    """a = tanh(u), u ~ N(mean(s), std(s)^2): SAC's policy. `noise` is standard normal and given from outside, so that
-    a compiled and an eager update see the same numbers."""
-
-    def __init__(self, obs_mean, obs_std, act_dim, hidden):
-        super().__init__()
-        self.register_buffer("obs_mean", obs_mean.clone())
-        self.register_buffer("obs_std", obs_std.clone())
-        sizes = [len(obs_mean), *hidden]
-        layers = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], 2 * act_dim))
-        nn.init.xavier_uniform_(self.net[-1].weight, gain=0.01)
-        nn.init.zeros_(self.net[-1].bias)
-
-    def forward(self, obs):
-        """(B, O) raw observations -> mean (B, A) and log_std (B, A) of u."""
-        mean, log_std = self.net((obs - self.obs_mean) / self.obs_std).chunk(2, dim=-1)
-        return mean, (log_std - 1).clamp(-20, 2)
-
-    def sample(self, obs, noise):
-        """-> action (B, A) in [-1, 1], its log_prob (B,) in nats, and u (B, A)."""
-        mean, log_std = self(obs)
-        u = mean + log_std.exp() * noise
-        return torch.tanh(u), squashed_log_prob(mean, log_std, u), u
-
-    def mode(self, obs):
-        """-> tanh of the mean (B, A), the action that evaluation executes."""
-        return torch.tanh(self(obs)[0])
-
-
-def squashed_log_prob(mean, log_std, u):
-    """log density of a = tanh(u) in nats, (..., A) three times -> (...):
-
-        log N(u; mean, std^2) - sum log(1 - tanh(u)^2),   log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2 u))
-
-    Takes u and not a: atanh(a) is not finite where tanh rounds to 1."""
-    normal = -0.5 * ((u - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
-    return (normal - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)
-
-
-# end shared
-
-
-# shared: critics
-def stacked_matmul(x, weight, bf16):
-    """(n, B, I) @ (n, I, O) -> (n, B, O) float32. With `bf16` from rounded inputs and through a rounded result, which
-    halves the memory traffic too."""
-    return torch.bmm(x.bfloat16(), weight.bfloat16()).float() if bf16 else torch.bmm(x, weight)
-
-
-class StackedLinear(nn.Module):
-    """n linear layers in one batched matmul: (n, B, inputs) -> (n, B, outputs), orthogonal weights of gain 1."""
-
-    def __init__(self, n, inputs, outputs, bf16):
-        super().__init__()
-        self.weight = nn.Parameter(torch.stack([nn.init.orthogonal_(torch.empty(inputs, outputs)) for _ in range(n)]))
-        self.bias = nn.Parameter(torch.zeros(n, 1, outputs))
-        self.bf16 = bf16
-
-    def forward(self, x):
-        if self.weight.shape[-1] == 1:  # the output stays exact: bf16 can't tell a Q of 250 from one of 251
-            return (x * self.weight.transpose(1, 2)).sum(-1, keepdim=True) + self.bias
-        return stacked_matmul(x, self.weight, self.bf16) + self.bias
-
-
-class StackedLayerNorm(nn.Module):
-    """Layer normalisation of (n, B, width), with a scale and a shift for each of the n networks."""
-
-    def __init__(self, n, width):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(n, 1, width))
-        self.bias = nn.Parameter(torch.zeros(n, 1, width))
-
-    def forward(self, x):
-        return F.layer_norm(x, x.shape[-1:]) * self.weight + self.bias
-
-
-class Critics(nn.Module):
-    """n Q-functions side by side: raw observations (B, O) and actions (B, A) -> Q of shape (n, B)."""
-
-    def __init__(self, obs_mean, obs_std, act_dim, hidden, n=2, layer_norm=False, bf16=False):
-        super().__init__()
-        self.register_buffer("obs_mean", obs_mean.clone())
-        self.register_buffer("obs_std", obs_std.clone())
-        sizes, layers, self.n = [len(obs_mean) + act_dim, *hidden], [], n
-        for inputs, outputs in pairwise(sizes):
-            norm = [StackedLayerNorm(n, outputs)] if layer_norm else []
-            layers += [StackedLinear(n, inputs, outputs, bf16), *norm, nn.ReLU()]
-        self.net = nn.Sequential(*layers, StackedLinear(n, sizes[-1], 1, bf16))
-
-    def forward(self, obs, action):
-        x = torch.cat([(obs - self.obs_mean) / self.obs_std, action], dim=-1)
-        return self.net(x.expand(self.n, *x.shape)).squeeze(-1)
-
-
-# end shared
-
-
-# shared: td3
-class DeterministicActor(nn.Module):
-    """a = tanh(net(s)): TD3's policy."""
-
-    def __init__(self, obs_mean, obs_std, act_dim, hidden):
-        super().__init__()
-        self.register_buffer("obs_mean", obs_mean.clone())
-        self.register_buffer("obs_std", obs_std.clone())
-        sizes = [len(obs_mean), *hidden]
-        layers = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], act_dim))
-
-    def forward(self, obs):
-        """(B, O) raw observations -> actions (B, A) in [-1, 1]."""
-        return torch.tanh(self.net((obs - self.obs_mean) / self.obs_std))
-
-    mode = forward  # what evaluation executes
-
-
-class Td3Critics(Critics):
-    """Critics whose first can be asked alone, for the actor's loss."""
-
-    def first(self, obs, action):
-        """obs (B, O), action (B, A) -> Q_1 (B,)."""
-        x = torch.cat([(obs - self.obs_mean) / self.obs_std, action], dim=-1).unsqueeze(0)
-        weights = {name: weight[:1] for name, weight in self.net.named_parameters()}
-        return torch.func.functional_call(self.net, weights, x).flatten()
-
-
-def smoothed(action, noise, std, clip):
-    """TD3's target policy smoothing: clip(a + clip(std * noise)); action, noise (B, A), noise standard normal."""
-    return (action + (std * noise).clamp(-clip, clip)).clamp(-1, 1)
-
-
-# end shared
-
-
-# shared: mlp
-class HiddenLinear(nn.Linear):
-    """nn.Linear from inputs and weights rounded to bf16, and through a rounded result."""
-
-    def forward(self, x):
-        return (x.bfloat16() @ self.weight.t().bfloat16()).float() + self.bias
-
-
-def mlp(sizes, activation, bf16):
-    """Linear layers with `activation` between them; `bf16` for the products between hidden ones, where the work is."""
-    first, *hidden, last = pairwise(sizes)
-    layers = [nn.Linear(*first), activation()]
-    for pair in hidden:
-        layers += [HiddenLinear(*pair) if bf16 else nn.Linear(*pair), activation()]
-    return nn.Sequential(*layers, nn.Linear(*last))
-
-
-# end shared
-
-
-# shared: tanh_gaussian
-class TanhGaussianActor(nn.Module):
-    """a ~ N(tanh(net(s)), std^2), clipped to the box: IQL's policy. With a std that is set, a deterministic one too."""
-
-    def __init__(self, obs_mean, obs_std, act_dim, hidden, std, bf16=False):
-        super().__init__()
-        self.register_buffer("obs_mean", obs_mean.clone())
-        self.register_buffer("obs_std", obs_std.clone())
-        self.net = mlp([len(obs_mean), *hidden, act_dim], nn.ReLU, bf16)
-        self.log_std = nn.Parameter(torch.full((act_dim,), math.log(std)))
-
-    def forward(self, obs):
-        """(B, O) raw observations -> mean (B, A) and log_std (A,), the same in every state."""
-        return torch.tanh(self.net((obs - self.obs_mean) / self.obs_std)), self.log_std.clamp(-20, 2)
-
-    def sample(self, obs, noise):
-        """-> action (B, A) clipped to the box, log_prob of the action before clipping (B,), and that action (B, A)."""
-        mean, log_std = self(obs)
-        action = mean + log_std.exp() * noise
-        return action.clamp(-1, 1), gaussian_log_prob(mean, log_std, action), action
-
-    def mode(self, obs):
-        """-> the mean (B, A), the action that evaluation executes."""
-        return self(obs)[0]
-
-
-def gaussian_log_prob(mean, log_std, action):
-    """log N(action; mean, std^2) in nats, summed over the A dimensions: (..., A) three times -> (...)."""
-    return (-0.5 * ((action - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
-
-
-# end shared
-
-
-# shared: offline_policy
-def load_policy(path, env_id, obs_dim, act_dim, std):
-    """The offline policy in a checkpoint -> its frozen module, and the checkpoint; `std` is for a deterministic one.
-    Raises UserError if the file is missing, broken, of another environment or of other dimensions."""
-    saved = load_file(path, "cpu")
-    try:
-        kind, hidden, state = saved["policy"]["kind"], saved["policy"]["hidden"], saved["actor"]
-        source, inputs = f"{saved['algorithm']}, {saved['step']} updates on {saved['dataset']}", len(state["obs_mean"])
-        origin, version = saved["env_id"], saved["format"]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a checkpoint of format 1: {error} is missing") from error
-    if version != 1:
-        raise UserError(f"{path} has format {version}; this script reads format 1")
-    if origin.split("-")[0] != env_id.split("-")[0]:
-        raise UserError(f"{path} was trained on {origin}, not on {env_id}; choose another --checkpoint")
-    if inputs != obs_dim:
-        raise UserError(f"{path} expects {inputs} observations, the data have {obs_dim}")
-    if kind == "squashed_gaussian":
-        policy = SquashedGaussianActor(state["obs_mean"], state["obs_std"], act_dim, hidden)
-    elif kind in ("tanh_gaussian", "deterministic"):
-        policy = TanhGaussianActor(state["obs_mean"], state["obs_std"], act_dim, hidden, std)
-        state = {"log_std": policy.log_std.data, **state}
-    else:
-        raise UserError(f"{path} holds a policy of the unknown kind '{kind}'")
-    try:
-        policy.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"the weights in {path} do not fit a {kind} policy with {act_dim} actions") from error
-    print(f"offline policy {path}: {source}")
-    return policy.requires_grad_(False), saved
-
-
-# end shared
-
-
-# shared: update_tools
-class Scalar(nn.Module):
-    """One learned number, with the state_dict that a network has."""
-
-    def __init__(self, value):
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor(float(value)))
-
-
-class Adam:
-    """torch.optim.Adam (betas 0.9 and 0.999) as plain tensor operations: torch.optim's own step breaks the compiled
-    update into pieces, which costs a quarter of its speed."""
-
-    def __init__(self, params, lr, eps=1e-8, max_norm=None):
-        self.params, self.lr, self.eps, self.max_norm = list(params), lr, eps, max_norm
-        self.steps = torch.zeros((), device=self.params[0].device)
-        self.mean = [torch.zeros_like(p) for p in self.params]
-        self.square = [torch.zeros_like(p) for p in self.params]
-        for tensor in (self.steps, *self.mean, *self.square):
-            torch._dynamo.mark_static_address(tensor)  # CUDA graphs refuse to change other tensors in place
-
-    def minimize(self, loss, scale=1.0):
-        """One step on a scalar loss, at `scale` times the learning rate. Only this optimiser's parameters get
-        gradients, so the critics' weights stay out of the actor's graph. autograd.grad and not loss.backward(): the
-        latter does nothing inside torch.compile."""
-        grads = torch.autograd.grad(loss, self.params)
-        with torch.no_grad():
-            if self.max_norm is not None:
-                norm = torch.stack(torch._foreach_norm(grads)).norm()
-                grads = torch._foreach_mul(grads, (self.max_norm / (norm + 1e-6)).clamp(max=1.0))
-            self.steps += 1
-            torch._foreach_lerp_(self.mean, grads, 0.1)
-            torch._foreach_mul_(self.square, 0.999)
-            torch._foreach_addcmul_(self.square, grads, grads, 0.001)
-            root = torch._foreach_div(torch._foreach_sqrt(self.square), (1 - 0.999**self.steps).sqrt())
-            step = torch._foreach_div(self.mean, torch._foreach_add(root, self.eps))
-            torch._foreach_sub_(self.params, torch._foreach_mul(step, self.lr * scale / (1 - 0.9**self.steps)))
-
-    def state_dict(self):
-        return {"state": [self.steps, *self.mean, *self.square]}
-
-    def load_state_dict(self, saved):
-        for mine, value in zip(self.state_dict()["state"], saved["state"], strict=True):
-            mine.copy_(value)
-
-
-@torch.no_grad()
-def polyak(target, source, tau):
-    """target <- (1 - tau) * target + tau * source, in place."""
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
-
-
-@cache
-def can_compile():
-    """Is there a C++ compiler? Says so once if not."""
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        print("no C++ compiler found: updates run uncompiled, about a third slower", file=sys.stderr)
-        return False
-    torch._dynamo.config.trace_autograd_ops = True  # lets torch.autograd.grad stay inside the graph
-    return True
-
-
-def compile_update(update, enabled, device):
-    """The whole update as one graph (CUDA graphs on a GPU); with `enabled` False the same function as it stands."""
-    if not (enabled and can_compile()):
-        return update
-    mode = "reduce-overhead" if torch.device(device).type == "cuda" else "default"
-    return torch.compile(update, mode=mode, fullgraph=True)
-
-
-# end shared
+def settings(args):
+    """What the authors change with the task (appendix of the paper); the command line still wins."""
+    expert = args.env_id.split("-v")[0].endswith("expert")  # expert and medium-expert data
+    values = {"exploration_noise": 0.05, "limit_start": 2.5e-5, "limit_end": 6.25e-4}
+    values = values if expert else {"limit_end": Args.limit_end}
+    if args.reference == "interval":  # this reference policy moves on by itself
+        values["limit_end"] /= 4
+    return values
 
 
 def td_target(reward, terminated, next_q, gamma, penalty=0.0):
     """TD3's target, with the penalty of the constraint in stage 3:
 
-        y = r + gamma (1 - d) [ min_j Q_j(s', a') - lambda f(s') ],   a' = smoothed(pi(s'))
+        y = r + gamma (1 - d) [ min_j Q_j(s', a') - lambda f(s') ],   a' = smoothed(pi_target(s'))
 
     reward, terminated (B,); next_q (n, B) return; penalty = lambda f, (B,) return. -> (B,)."""
     return reward + gamma * (1 - terminated) * (next_q.amin(0) - penalty)
@@ -618,11 +131,11 @@ def alignment_target(q_mode, q, action, mode, bump, cap):
 
     q_mode (B,) the re-evaluated critics' minimum in a*, q (n, B) each critic in a, in units of return; action, mode
     (B, A). -> (n, B). Never raises a value; equals min{ Q(s,a*), Q_j(s,a*) } = Q(s,a*) at a = a*."""
-    width = 1 + bump * squared_distance(action, mode).mean(-1).clamp(max=cap**2)
+    width = 1 + bump * divergence(action, mode).mean(-1).clamp(max=cap**2)
     return torch.minimum(torch.where(q_mode >= 0, q_mode / width, q_mode * width), q)
 
 
-def squared_distance(action, reference):
+def divergence(action, reference):
     """(a - a_ref)^2, element by element (B, A); its mean over the elements is f(s), (B,)."""
     return (action - reference) ** 2
 
@@ -634,31 +147,30 @@ def actor_loss(q, penalty=0.0):
 
 
 def multiplier_loss(multiplier, slack, kappa):
-    """lambda E[ |kappa - 1(u > 0)| u ], u = limit - (pi - pi_ref)^2, (B, A). Violated (u < 0, weight kappa): lambda
+    """lambda E[ |kappa - 1(u > 0)| u ], u = limit - f, element by element. Violated (u < 0, weight kappa): lambda
     rises; slack (weight 1 - kappa): it falls."""
     weight = (kappa - (slack > 0).float()).abs()
     return multiplier * (weight * slack).mean()
 
 
-def distance_limit(args, step):
-    """The constraint's threshold after `step` environment steps: linear from distance_start to distance_end."""
-    fraction = min(1.0, step / args.distance_steps)
-    return args.distance_start + (args.distance_end - args.distance_start) * fraction
+def limit_at(args, step):
+    """The constraint's threshold after `step` environment steps: linear from limit_start to limit_end."""
+    return args.limit_start + (args.limit_end - args.limit_start) * min(1.0, step / args.limit_steps)
 
 
-def make_updates(args, nets, optimizers, obs_dim, act_dim):
+def make_updates(args, nets, optimizers, split):
     """-> the updates of the three stages, each a function of a batch and of standard normal noise that changes `nets`
-    in place and returns detached numbers. rows (B, 2 O + A + 2), noise (2, B, A), of which the first is used."""
+    in place and returns detached numbers. rows (B, 2 O + A + 2), noise (B, A)."""
     actor, actor_target, behaviour, reference = (nets[k] for k in ("actor", "actor_target", "behaviour", "reference"))
-    critics, targets, log_multiplier = nets["critics"], nets["targets"], nets["log_multiplier"].weight
-    smoothing = {"std": args.policy_noise, "clip": args.noise_clip}
+    critics, targets, smoothing = nets["critics"], nets["targets"], {"std": args.policy_noise, "clip": args.noise_clip}
 
     def reevaluate(rows, noise):
         """Writes critics and targets. The policy is the frozen offline one."""
-        obs, action, reward, next_obs, terminated = split(rows, obs_dim, act_dim)
+        obs, action, reward, next_obs, terminated = split(rows)
         with torch.no_grad():
-            next_action = smoothed(behaviour(next_obs), noise[0], **smoothing)
-            target = td_target(reward, terminated, targets(next_obs, next_action), args.gamma)
+            next_action = smoothed(behaviour(next_obs), noise, **smoothing)
+            next_q = targets(next_obs, next_action)
+            target = td_target(reward, terminated, next_q, args.gamma)
         q = critics(obs, action)
         loss = ((q - target) ** 2).mean(-1).sum()
         optimizers["critics"].minimize(loss)
@@ -666,207 +178,111 @@ def make_updates(args, nets, optimizers, obs_dim, act_dim):
         return numbers(critic_loss=loss, q_mean=q.mean(), q_target_mean=target.mean())
 
     def align(rows, noise):
-        """Writes critics and actor. The targets stay the re-evaluated critics; the data only provide states."""
-        obs = split(rows, obs_dim, act_dim)[0]
+        """Writes critics and actor. The targets stay what stage 1 left; the data only provide states."""
+        obs = split(rows)[0]
         with torch.no_grad():
-            action, mode, both = smoothed(actor(obs), noise[0], **smoothing), behaviour(obs), obs.repeat(2, 1)
+            action, mode, both = smoothed(actor(obs), noise, **smoothing), behaviour(obs), obs.repeat(2, 1)
             q_old, q_mode = targets(both, torch.cat([action, mode])).chunk(2, dim=1)
             q_mode = q_mode.amin(0)
-            lowered = alignment_target(q_mode, q_old, action, mode, args.bump, args.policy_noise)
-            target = torch.cat([lowered, q_mode.expand_as(lowered)], dim=1)
+            target = alignment_target(q_mode, q_old, action, mode, args.bump, args.policy_noise)
         q = critics(both, torch.cat([action, mode]))
-        loss = ((q - target) ** 2).sum() / len(rows)
+        loss = ((q - torch.cat([target, q_mode.expand_as(target)], dim=1)) ** 2).sum() / len(rows)
         optimizers["critics"].minimize(loss)
         new_action = actor(obs)
-        optimizers["actor"].minimize(-critics.first(obs, new_action).mean())
-        distance = squared_distance(new_action, mode).mean()
-        change = (q_old - lowered).mean()
-        return numbers(critic_loss=loss, q_mode=q_mode.mean(), q_mean=q.mean(), lowered=change, distance=distance)
+        optimizers["actor"].minimize(-critics(obs, new_action, k=1)[0].mean())
+        lowered, f = (q_old - target).mean(), divergence(new_action, mode).mean()
+        return numbers(critic_loss=loss, q_mean=q.mean(), q_mode=q_mode.mean(), lowered=lowered, divergence=f)
 
-    def finetune(rows, noise, limit, delayed):
-        """Writes critics, and with `delayed` also actor, targets and multiplier. limit: that of the constraint, a
-        tensor. In the Bellman target both the value and the distance are those of the target actor."""
-        obs, action, reward, next_obs, terminated = split(rows, obs_dim, act_dim)
-        multiplier = log_multiplier.detach().exp() * args.constrain
+    def finetune(rows, noise, multiplier, delayed):
+        """Writes critics, and if `delayed` actor and targets too. multiplier: lambda, a tensor without gradient. Also
+        returns the elements of f (B, A), for lambda's own step. In the Bellman target the value is that of the target
+        actor, the penalty that of the actor itself."""
+        obs, action, reward, next_obs, terminated = split(rows)
         with torch.no_grad():
-            next_action = actor_target(next_obs)
-            penalty = multiplier * squared_distance(next_action, reference(next_obs)).mean(-1)
-            next_q = targets(next_obs, smoothed(next_action, noise[0], **smoothing))
+            next_action = smoothed(actor_target(next_obs), noise, **smoothing)
+            penalty = multiplier * divergence(actor(next_obs), reference(next_obs)).mean(-1)
+            next_q = targets(next_obs, next_action)
             target = td_target(reward, terminated, next_q, args.gamma, penalty)
         q = critics(obs, action)
         loss = ((q - target) ** 2).mean(-1).sum()
         optimizers["critics"].minimize(loss)
-        values = numbers(critic_loss=loss, q_mean=q.mean())
+        new_action = actor(obs)
+        f = divergence(new_action, reference(obs))
         if delayed:
-            new_action = actor(obs)
-            distance = squared_distance(new_action, reference(obs))
-            penalty = multiplier * distance.mean(-1)
-            optimizers["actor"].minimize(actor_loss(critics.first(obs, new_action), penalty))
-            slack = limit - distance.detach()
-            optimizers["log_multiplier"].minimize(multiplier_loss(log_multiplier.exp(), slack, args.kappa))
+            optimizers["actor"].minimize(actor_loss(critics(obs, new_action, k=1)[0], multiplier * f.mean(-1)))
             polyak(targets, critics, args.tau)
             polyak(actor_target, actor, args.tau)
-            values |= numbers(distance=distance.mean())
-        return values
+        values = numbers(critic_loss=loss, q_mean=q.mean(), divergence=f.mean())
+        return values, f.detach()
 
     return reevaluate, align, finetune
 
 
-# shared: offline_loop
-def numbers(**values):
-    return {key: value.detach() for key, value in values.items()}
-
-
-def train_offline(run, args, stage, steps, update, rows, act_dim, check):
-    """The loop of the stages on offline data: `steps` updates on batches of `rows`. Every eval_every_updates it logs
-    the update's numbers and those of `check(step)`, and saves."""
-    progress, device, clock, counted = run.progress, rows.device, time.time(), 0
-    blocks = range(progress["step"], steps, 100)  # a block draws its random numbers at once
-    for start in tqdm(blocks, desc=stage, unit="00 updates", disable=None):
-        count = min(100, steps - start)
-        index = torch.randint(len(rows), (count, args.batch_size), generator=run.generator, device=device)
-        noise = torch.randn(count, 2, args.batch_size, act_dim, generator=run.generator, device=device)
-        for i in range(count):
-            values = update(rows[index[i]], noise[i])
-        progress["step"] = step = start + count
-        counted += count
-        if step // args.eval_every_updates > start // args.eval_every_updates or step == steps:
-            values = run.finite(stage, step, values)  # waits for the device, so the clock is right on a GPU too
-            progress["updates_per_second"][stage] = values["updates_per_second"] = counted / (time.time() - clock)
-            report(run, stage, step, values | check(step))
+def train_offline(args, run, stage, steps, update, rows, shape, check, extra=lambda step: ()):
+    """`steps` updates on batches of `rows`, with standard normal noise of `shape` and whatever `extra(step)` gives.
+    Every eval_every_updates logs their numbers and those of `check()`, and saves."""
+    progress, generator, clock, count = run.progress, run.generator, time.time(), 0
+    for step in tqdm(range(progress["step"] + 1, steps + 1), desc=stage, unit="update", disable=None):
+        index = torch.randint(len(rows), (args.batch_size,), generator=generator, device=generator.device)
+        noise = torch.randn(shape, generator=generator, device=generator.device)
+        values, count = update(rows[index], noise, *extra(step)), count + 1
+        if step % args.eval_every_updates == 0 or step == steps:
+            values = {key: float(value) for key, value in values.items()}  # waits for a GPU, so the clock is right
+            progress["step"], progress["updates_per_second"][stage] = step, count / (time.time() - clock)
+            run.log(stage, step, values | {"updates_per_second": progress["updates_per_second"][stage]} | check())
             run.save()
-            clock, counted = time.time(), 0
+            clock, count = time.time(), 0
 
 
-# end shared
-
-
-# shared: online_data
-def offline_part(data, part):
-    """The rows that the online buffer starts with: all, or with `part` those of the best 50 episodes."""
-    best = torch.from_numpy(np.argsort(data.returns)[-50:].copy())
-    return data.rows[torch.isin(data.episode, best)] if part == "part" else data.rows
-
-
-def online_buffer(run, args, data):
-    """-> rows (N + online_steps, 2 O + A + 2), offline ones first, then those that a resumed run had; and N. Raises
-    UserError if that run did more than online_steps already."""
-    offline = offline_part(data, args.offline_data)
-    buffer, first = torch.cat([offline, torch.zeros(args.online_steps, offline.shape[1])]), len(offline)
-    if run.saved and "online" in run.saved:
-        done = run.saved["online"]
-        if len(done) > args.online_steps:
-            raise UserError(f"{run.dir} did {len(done)} environment steps already; resume it with at least as many")
-        buffer[first : first + len(done)] = done
-    return buffer, first
-
-
-def draw_batches(args, generator, first, last, count, device):
-    """Indices (count, batch_size) into a buffer whose rows [0, first) are offline and [first, last) online data."""
-    half = args.batch_size // 2
-    parts = [(0, last, args.batch_size)]
-    if args.offline_data == "half":
-        parts = [(0, first, half), (first, last, args.batch_size - half)]
-    if args.offline_data == "none":
-        parts = [(first, last, args.batch_size)]
-    return torch.cat([torch.randint(a, b, (count, n), generator=generator, device=device) for a, b, n in parts], dim=1)
-
-
-# end shared
-
-
-# shared: reference
-def choose_reference(args, run, score, steps, used):
-    """--reference best: the actor becomes pi_ref if its score beats that of every pi_ref so far. Such an evaluation is
-    interaction with the environment, so its `steps` are counted. `used`: False in the ablation without pi_ref."""
-    if args.reference == "best" and used:
-        run.progress["selection_steps"] += steps
-        if score > run.progress["reference_score"]:
-            run.progress["reference_score"] = score
-            run.nets["reference"].load_state_dict(run.nets["actor"].state_dict())
-
-
-# end shared
-
-
-def train_online(run, args, update, data, device, score_of):
+def train_online(args, run, update, data, score):
     """Stage 3: one environment step with exploration noise, then updates_per_step updates. The environment receives
     exactly the action that the buffer stores."""
-    progress, nets, generator = run.progress, run.nets, run.generator
-    env, (buffer, first) = data.make_env(), online_buffer(run, args, data)
-    buffer = buffer.to(device)
-    obs, _ = env.reset(seed=args.seed)
-    if run.saved and "online" in run.saved:
-        set_env_state(env, run.saved["env"])
-        obs = run.saved["obs"].numpy()
-    log_multiplier, seconds, counted, values = nets["log_multiplier"].weight, 0.0, 0, {}
+    progress, actor, generator = run.progress, run.nets["actor"], run.generator
+    env, obs, buffer, first = online_start(args, run, data)
+    log_multiplier, offline = run.nets["log_multiplier"][0], round(args.offline_fraction * args.batch_size)
+    seconds, count, values = 0.0, 0, {}
     for step in tqdm(range(progress["step"] + 1, args.online_steps + 1), desc="online", unit="step", disable=None):
         with torch.no_grad():
-            noise = torch.randn(1, data.act_dim, generator=generator, device=device)
-            obs_tensor = torch.as_tensor(obs[None], dtype=torch.float32, device=device)
-            action = nets["actor"](obs_tensor) + args.exploration_noise * noise
+            noise = torch.randn(1, data.act_dim, generator=generator, device=generator.device)
+            action = actor(data.to_tensor(obs[None])) + args.exploration_noise * noise
             action = action.clamp(-1, 1)[0].cpu().numpy()
         next_obs, reward, terminated, truncated, _ = env.step(action)
         row = np.concatenate([obs, action, [reward], next_obs, [terminated]])  # a time limit keeps its bootstrap
-        buffer[first + step - 1] = torch.as_tensor(row, dtype=torch.float32)
-        obs = env.reset()[0] if terminated or truncated else next_obs
+        buffer[first + step - 1], obs = data.to_tensor(row), next_obs
+        if terminated or truncated:
+            obs, progress["episode_start"] = env.reset(seed=1_000_000 * args.seed + step)[0], step
 
         if step > args.warm_up:
-            clock = time.time()
-            index = draw_batches(args, generator, first, first + step, args.updates_per_step, device)
-            shape = (args.updates_per_step, 2, args.batch_size, data.act_dim)
-            noise = torch.randn(shape, generator=generator, device=device)
-            limit = torch.tensor(distance_limit(args, step), device=device)
-            for i in range(args.updates_per_step):
-                count = (step - 1) * args.updates_per_step + i + 1
-                values = update(buffer[index[i]], noise[i], limit, count % args.policy_delay == 0)
-            if device.type == "cuda":
+            clock, count = time.time(), count + args.updates_per_step
+            for i in range((step - 1) * args.updates_per_step, step * args.updates_per_step):
+                multiplier, delayed = log_multiplier.detach().exp() * args.constrain, (i + 1) % args.policy_delay == 0
+                index = draw(generator, first, first + step, offline, args.batch_size)
+                noise = torch.randn(args.batch_size, data.act_dim, generator=generator, device=generator.device)
+                values, f = update(buffer[index], noise, multiplier, delayed)
+                if delayed:
+                    slack = limit_at(args, step) - f
+                    run.optimizers["log_multiplier"].minimize(multiplier_loss(log_multiplier.exp(), slack, args.kappa))
+            if args.cuda:
                 torch.cuda.synchronize()  # for the clock; the next action would wait for the updates anyway
-            counted, seconds = counted + args.updates_per_step, seconds + time.time() - clock
+            seconds += time.time() - clock
         progress["step"] = progress["online_steps"] = step
         if args.reference == "interval" and step % args.reference_every == 0:
-            nets["reference"].load_state_dict(nets["actor"].state_dict())
-        if step % args.eval_every and step != args.online_steps:
-            continue
-        row = run.finite("online", step, values)
-        row |= {
-            "distance_limit": distance_limit(args, step),
-            "multiplier": log_multiplier.exp().item() * args.constrain,
-        }
-        scores, eval_steps = score_of(nets["actor"], 3, step)
-        progress["scores"].append([step, scores["score"]])
-        choose_reference(args, run, scores["score"], eval_steps, args.constrain)
-        if counted:
-            progress["updates_per_second"]["online"] = row["updates_per_second"] = counted / seconds
-        report(run, "online", step, scores | row)
-        run.save(online=buffer[first : first + step].cpu().clone(), obs=torch.from_numpy(obs), env=env_state(env))
-        seconds, counted = 0.0, 0
+            run.nets["reference"].load_state_dict(actor.state_dict())
+        if step % args.eval_every == 0 or step == args.online_steps:
+            limits = {"limit": limit_at(args, step), "multiplier": log_multiplier.exp().item() * args.constrain}
+            progress["updates_per_second"]["online"] = limits["updates_per_second"] = count / max(seconds, 1e-9)
+            row = values | limits | score(choose=args.constrain)
+            progress["scores"].append([step, row["score"]])
+            run.log("online", step, row)
+            run.save(online=buffer[first : first + step].cpu().clone())
+            seconds, count = 0.0, 0
 
 
-def fit_update(teacher, actor, optimizer):
-    """-> update that imitates an offline policy of another class on the data's states: least squares on its mode.
-    Writes the actor."""
-
-    def fit(rows, noise):
-        obs = rows[:, : len(actor.obs_mean)]
-        with torch.no_grad():
-            target = teacher.mode(obs)
-        loss = squared_distance(actor(obs), target).mean()
-        optimizer.minimize(loss)
-        return numbers(loss=loss)
-
-    return fit
-
-
-def train(args, run, data, teacher, spec, device):
-    """The method: fit (only for an offline policy of another class), re-evaluate, align, fine-tune."""
-    progress, act_dim, same_class = run.progress, data.act_dim, spec["kind"] == "deterministic"
+def train(args, run, data, actor):
+    """The method: re-evaluate, align, fine-tune. `actor` is the offline policy, and becomes the fine-tuned one."""
+    progress, device = run.progress, data.rows.device
     torch.manual_seed(args.seed)
-    stats = teacher.obs_mean.cpu(), teacher.obs_std.cpu()
-    actor = DeterministicActor(*stats, act_dim, spec["hidden"] if same_class else (256, 256))
-    if same_class:
-        actor.net.load_state_dict(teacher.net.state_dict())
-    critics = Td3Critics(*stats, act_dim, (256, 256), layer_norm=True, bf16=args.matmul_precision == "medium")
+    critics = Critics(actor.obs_mean, actor.obs_std, data.act_dim, (256, 256), layer_norm=True, bf16=args.bf16)
     nets = {
         "actor": actor,
         "actor_target": deepcopy(actor),
@@ -874,107 +290,300 @@ def train(args, run, data, teacher, spec, device):
         "reference": deepcopy(actor),  # pi_ref
         "critics": critics,
         "targets": deepcopy(critics),
-        "log_multiplier": Scalar(math.log(args.multiplier)),
+        "log_multiplier": nn.ParameterList([torch.tensor(math.log(args.multiplier))]),
     }
     nets = {name: net.to(device) for name, net in nets.items()}
     rates = {"actor": args.policy_lr, "critics": args.critic_lr, "log_multiplier": args.multiplier_lr}
     optimizers = {name: Adam(nets[name].parameters(), rate) for name, rate in rates.items()}
-    optimizers["fit"] = Adam(nets["actor"].parameters(), args.critic_lr)
     run.restore(nets, optimizers, torch.Generator(device).manual_seed(args.seed))
-    updates = make_updates(args, nets, optimizers, data.obs_dim, act_dim)
-    reevaluate, align, finetune = (compile_update(update, args.compile, device) for update in updates)
-    rows, envs = data.rows.to(device), [data.make_env() for _ in range(args.eval_episodes)]
+    updates = make_updates(args, nets, optimizers, data.split)
+    reevaluate, align, finetune = (compile_update(update, args) for update in updates)
+    envs = [data.make_env() for _ in range(args.eval_episodes)]
+    score, shape = partial(score_actor, args, run, data, envs), (args.batch_size, data.act_dim)
 
-    def score_of(policy, stage, step):
-        """Score of a policy and the environment steps that it took; its discounted return goes to `progress` when the
-        policy is the offline one."""
-        seed = 10_000_000 * args.seed + 1_000_000 * stage + step * args.eval_episodes
-        mean_return, discounted, steps = evaluate(mode_of(policy), envs, seed, device, args.gamma)
-        if stage == 0:
-            progress["discounted_return"] = float(discounted)
-        return {"score": float(normalized_score(args.env_id, mean_return))}, steps
-
-    def actor_scores(stage, step):
-        return score_of(nets["actor"], stage, step)[0]
-
-    def start_values(_):
+    def values():
         """V of pi_off in start states beside what pi_off obtains from them, discounted: re-evaluation is long enough
         once the former stands still near the latter (a little below it, since its actions are smoothed)."""
-        obs = np.stack([env.reset(seed=i)[0] for i, env in enumerate(envs * 10)])
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
+        obs = data.to_tensor(np.stack([env.reset(seed=i)[0] for i, env in enumerate(10 * envs)]))
         with torch.no_grad():
             value = nets["critics"](obs, nets["behaviour"](obs)).amin(0).mean()
-        return {"v_start": float(value), "discounted_return": progress["discounted_return"]}
-
-    def film(policy, name):
-        if args.capture_video:
-            record_video(policy.mode, data.make_env, run.dir / "videos" / f"{name}.mp4", args.seed, device)
-
-    def enter(stage):
-        """The border between two stages is a point to resume from."""
-        progress["stage"], progress["step"] = stage, 0
-        run.save()
+        return {"v_start": value.item(), "discounted_return": progress["discounted_return"]}
 
     if progress["stage"] == "start":
-        scores, steps = score_of(teacher, 0, 0)
-        progress["offline_score"], progress["reference_score"] = scores["score"], -math.inf
-        if same_class:
-            choose_reference(args, run, scores["score"], steps, args.constrain)
-        print(f"offline policy: score {scores['score']:.1f}", flush=True)
-        film(teacher, "offline")
-        enter("fit")
-    if progress["stage"] == "fit":
-        if not same_class:
-            fit = compile_update(fit_update(teacher, nets["actor"], optimizers["fit"]), args.compile, device)
-            train_offline(run, args, "fit", args.fit_steps, fit, rows, act_dim, partial(actor_scores, 0))
-            scores, steps = score_of(nets["actor"], 0, args.fit_steps)
-            progress["fitted_score"] = scores["score"]
-            for name in ("behaviour", "reference"):
-                nets[name].load_state_dict(nets["actor"].state_dict())
-            choose_reference(args, run, scores["score"], steps, args.constrain)
-        enter("reevaluate")
+        _, discounted, _ = evaluate(mode_of(actor), envs, args.seed, device, args.gamma)
+        progress["discounted_return"] = float(discounted.mean())
+        progress["offline_score"] = score(choose=args.constrain)["score"]
+        print(f"offline policy: score {progress['offline_score']:.1f}", flush=True)
+        run.enter("reevaluate")
     if progress["stage"] == "reevaluate":
         if args.reevaluate:
-            train_offline(run, args, "reevaluate", args.reevaluation_steps, reevaluate, rows, act_dim, start_values)
-        nets["targets"].load_state_dict(nets["critics"].state_dict())
-        enter("align")
+            train_offline(args, run, "reevaluate", args.reevaluation_steps, reevaluate, data.rows, shape, values)
+        run.enter("align")
     if progress["stage"] == "align":
         if args.align:
-            check = partial(actor_scores, 2)
-            train_offline(run, args, "align", args.alignment_steps, align, rows, act_dim, check)
+            train_offline(args, run, "align", args.alignment_steps, align, data.rows, shape, score)
             nets["targets"].load_state_dict(nets["critics"].state_dict())
-            scores, steps = score_of(nets["actor"], 2, args.alignment_steps)
-            progress["aligned_score"] = scores["score"]
-            choose_reference(args, run, scores["score"], steps, args.constrain)
-            film(nets["actor"], "aligned")
-        nets["actor_target"].load_state_dict(nets["actor"].state_dict())
-        enter("online")
-    train_online(run, args, finetune, data, device, score_of)
-    film(nets["actor"], "final")
-    save_file(export(args, data, nets, progress), run.dir / "model.pt")
+            progress["aligned_score"] = score(choose=args.constrain)["score"]
+        nets["actor_target"].load_state_dict(actor.state_dict())
+        run.enter("online")
+    train_online(args, run, finetune, data, score)
+    progress["closing_score"] = closing_score(args, actor, data, envs)
+    save_file(checkpoint(args, data, nets, args.online_steps, progress["closing_score"]), run.dir / "model.pt")
 
 
-# shared: evaluate
+ALGORITHM, KIND, SOURCE = "o2o_td3", "deterministic", "td3_bc"  # this script, its policy class, where that comes from
+RESUMABLE = "reevaluation_steps alignment_steps online_steps compile num_threads track wandb_project_name wandb_entity"
+PRIVATE = "stage step episode_start reference_score discounted_return"  # of a run's progress, not in summary.json
+RANGES = {
+    (
+        0,
+        1,
+    ): "gamma tau kappa offline_fraction policy_lr critic_lr multiplier_lr policy_noise noise_clip exploration_noise",
+    (0, 10**9): "seed reevaluation_steps alignment_steps online_steps warm_up limit_start limit_end bump",
+    (1, 10**9): "updates_per_step eval_every eval_every_updates eval_episodes batch_size limit_steps reference_every",
+    (1e-9, 10**9): "multiplier",
+    (1, 1024): "num_threads policy_delay",
+}
+
+
+def mlp(net, x, bf16):
+    """A network's output, with `bf16` all products in bf16 but the last: bf16 can't tell a Q of 250 from one of 251."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        x = net[:-1](x)
+    return net[-1](x.float())
+
+
+class DeterministicActor(nn.Module):
+    """a = tanh(net(s)): TD3's policy."""
+
+    def __init__(self, obs_mean, obs_std, act_dim, hidden, bf16=False):
+        super().__init__()
+        self.register_buffer("obs_mean", obs_mean.clone())
+        self.register_buffer("obs_std", obs_std.clone())
+        sizes = [len(obs_mean), *hidden]
+        layers = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.ReLU())]
+        self.net, self.bf16 = nn.Sequential(*layers, nn.Linear(sizes[-1], act_dim)), bf16
+
+    def forward(self, obs):
+        """(B, O) raw observations -> actions (B, A) in [-1, 1]."""
+        return torch.tanh(mlp(self.net, (obs - self.obs_mean) / self.obs_std, self.bf16))
+
+    mode = forward  # what evaluation executes
+
+
+def smoothed(action, noise, std, clip):
+    """TD3's target policy smoothing: clip(a + clip(std * noise)); action, noise (B, A), noise standard normal."""
+    return (action + (std * noise).clamp(-clip, clip)).clamp(-1, 1)
+
+
+class StackedLinear(nn.Module):
+    """n linear layers in one batched matmul, (n, B, inputs) -> (n, B, outputs), and layer normalisation after them.
+    Of k < n inputs, the first k layers' outputs."""
+
+    def __init__(self, n, inputs, outputs, layer_norm=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.stack([nn.init.orthogonal_(torch.empty(inputs, outputs)) for _ in range(n)]))
+        self.bias = nn.Parameter(torch.zeros(n, 1, outputs))
+        if layer_norm:
+            self.scale, self.shift = nn.Parameter(torch.ones(n, 1, outputs)), nn.Parameter(torch.zeros(n, 1, outputs))
+        self.layer_norm = layer_norm
+
+    def forward(self, x):
+        k = len(x)
+        x = torch.bmm(x, self.weight[:k]).float() + self.bias[:k]
+        return F.layer_norm(x, x.shape[-1:]) * self.scale[:k] + self.shift[:k] if self.layer_norm else x
+
+
+class Critics(nn.Module):
+    """n Q-functions side by side: raw observations (B, O) and actions (B, A) -> Q (n, B), or the first k."""
+
+    def __init__(self, obs_mean, obs_std, act_dim, hidden, n=2, layer_norm=False, bf16=False):
+        super().__init__()
+        self.register_buffer("obs_mean", obs_mean.clone())
+        self.register_buffer("obs_std", obs_std.clone())
+        sizes, self.n, self.bf16 = [len(obs_mean) + act_dim, *hidden], n, bf16
+        layers = [m for i, o in pairwise(sizes) for m in (StackedLinear(n, i, o, layer_norm), nn.ReLU())]
+        self.net = nn.Sequential(*layers, StackedLinear(n, sizes[-1], 1))
+
+    def forward(self, obs, action, k=None):
+        x = torch.cat([(obs - self.obs_mean) / self.obs_std, action], dim=-1)
+        return mlp(self.net, x.expand(k or self.n, *x.shape), self.bf16).squeeze(-1)
+
+
+class Adam:
+    """torch's Adam as a function of gradients, which stays inside the compiled update: torch.optim's own step breaks
+    it into pieces and costs a third of its speed. max_norm: longer gradients are shortened to it."""
+
+    def __init__(self, params, lr, eps=1e-8, max_norm=None):
+        self.params, self.lr, self.eps, self.max_norm = list(params), lr, eps, max_norm
+        self.means, self.squares = ([torch.zeros_like(p) for p in self.params] for _ in range(2))
+        self.steps = [torch.zeros((), device=p.device) for p in self.params]
+        for tensor in (*self.means, *self.squares, *self.steps):
+            torch._dynamo.mark_static_address(tensor)  # CUDA graphs refuse to change other tensors in place
+
+    def minimize(self, loss, scale=1.0):
+        """One step on a scalar loss, at `scale` times the learning rate. Only this optimiser's parameters get
+        gradients, so the critics' weights stay out of the actor's graph. autograd.grad and not loss.backward(): the
+        latter does nothing inside torch.compile."""
+        grads, compiling = list(torch.autograd.grad(loss, self.params)), torch.compiler.is_compiling()
+        options = {"foreach": True, "capturable": compiling, "maximize": False, "amsgrad": False, "weight_decay": 0.0}
+        options |= {"lr": self.lr * scale if compiling else float(self.lr * scale), "eps": self.eps}
+        options |= {"beta1": 0.9, "beta2": 0.999}
+        with torch.no_grad():
+            if self.max_norm is not None:
+                norm = torch.stack(torch._foreach_norm(grads)).norm()
+                grads = torch._foreach_mul(grads, (self.max_norm / (norm + 1e-6)).clamp(max=1.0))
+            adam(self.params, grads, self.means, self.squares, [], self.steps, **options)
+
+    def state_dict(self):
+        return {"state": [*self.steps, *self.means, *self.squares]}
+
+    def load_state_dict(self, saved):
+        for mine, value in zip(self.state_dict()["state"], saved["state"], strict=True):
+            mine.copy_(value)
+
+
+@torch.no_grad()
+def polyak(target, source, tau):
+    """target <- (1 - tau) * target + tau * source, in place."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+
+
+def numbers(**values):
+    return {key: value.detach() for key, value in values.items()}
+
+
+def compile_update(update, args):
+    """The whole update as one graph (CUDA graphs on a GPU); with --no-compile, or no compiler, the function itself."""
+    if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        print("no C++ compiler found: the update runs uncompiled, about a third slower", file=sys.stderr)
+        return update
+    torch._dynamo.config.trace_autograd_ops = True  # lets torch.autograd.grad stay inside the graph
+    mode = "reduce-overhead" if args.cuda else "default"
+    return torch.compile(update, mode=mode, fullgraph=True) if args.compile else update
+
+
+class UserError(Exception):
+    """Something the user can put right: `run_cli` prints it as one sentence and exits with code 2."""
+
+
+class Data(NamedTuple):
+    """A flat Minari dataset in memory: N transitions of whole episodes. Time limits are not terminations."""
+
+    name: str
+    rows: torch.Tensor  # (N, 2 O + A + 2) float32: observation, action, reward, next observation, terminated
+    last: torch.Tensor  # (N,) is this transition the last one of its episode?
+    obs_dim: int
+    act_dim: int
+    references: tuple[float, float]  # returns that make 0 and 100 points
+    source: minari.MinariDataset
+
+    def make_env(self):
+        return self.source.recover_environment()
+
+    def split(self, rows):
+        """-> obs (B, O), action (B, A), reward (B,), next_obs (B, O), terminated (B,)."""
+        obs, action, reward, next_obs, end = rows.split([self.obs_dim, self.act_dim, 1, self.obs_dim, 1], dim=-1)
+        return obs, action, reward.squeeze(-1), next_obs, end.squeeze(-1)
+
+    def to_tensor(self, array):
+        return torch.as_tensor(array, dtype=torch.float32, device=self.rows.device)
+
+    def score(self, mean_return):
+        """100 * (return - low) / (high - low), D4RL's points."""
+        low, high = self.references
+        return 100 * (float(mean_return) - low) / (high - low)
+
+
+def check_spec(spec, name):
+    """Making an environment runs code, and a dataset says which: nothing is made but what gymnasium's registry holds,
+    under wrappers of gymnasium that touch no file. `spec`: the dataset's own JSON. Raises UserError."""
+    harmless = "FilterObservation FlattenObservation RescaleAction RescaleObservation ClipAction TimeLimit".split()
+    try:
+        spec, places = json.loads(spec), {f"{getattr(gym.wrappers, w).__module__}:{w}" for w in harmless}
+        good = {wrapper["entry_point"] for wrapper in spec["additional_wrappers"]} <= places
+        good &= gym.registry[spec["id"]].entry_point == spec["entry_point"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{name} names no environment that gymnasium knows ({error!r}); none was made") from error
+    if not good:
+        raise UserError(f"{name} names {spec['id']} with code or wrappers that are not gymnasium's; none was made")
+
+
+def load_data(args, device):
+    """args.dataset, or the local o2o/<env_id>, which offline/collect.py makes if it is missing. Raises UserError if
+    there is no such dataset, or if it is not flat, not finite, or of no environment here."""
+    name, here = args.dataset or f"o2o/{args.env_id}", Path(__file__).resolve().parent
+    folder, scripts = Path(get_dataset_path(name)), [here / "offline/collect.py", here / "collect.py"]
+    if not folder.exists() and not args.dataset:
+        script = next((path for path in scripts if path.exists()), None)
+        print(f"there is no dataset {name} yet; it is made by {script or 'offline/collect.py'}", flush=True)
+        if script is None or subprocess.run([sys.executable, script, "--env-id", args.env_id]).returncode:
+            raise UserError(f"no dataset {name}; make it with offline/collect.py, or name one with --dataset")
+    try:
+        if not folder.exists():
+            minari.download_dataset(name)
+        check_spec(json.loads((folder / "data/metadata.json").read_text()).get("env_spec"), name)
+        source = minari.load_dataset(name)
+        env, episodes = source.recover_environment(), list(source.iterate_episodes())
+        (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
+        columns = [(e.observations[:-1], e.actions, e.rewards, e.observations[1:], e.terminations) for e in episodes]
+        rows = np.concatenate([np.column_stack(episode) for episode in columns]).astype(np.float32)
+        last = np.concatenate([np.arange(len(e.rewards)) == len(e.rewards) - 1 for e in episodes])
+        points = [source.storage.metadata.get(key) for key in ("ref_min_score", "ref_max_score")]
+        low, high = (0.0, 100.0) if None in points else map(float, points)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the store, the network or the simulator raises
+        reason = f"({' '.join(str(error).split()) or type(error).__name__})"
+        raise UserError(f"cannot use the dataset {name} {reason}; `minari list local` shows what there is") from error
+    boxed = (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
+    if not (boxed and rows.shape[1] == 2 * obs_dim + act_dim + 2 and np.isfinite(rows).all() and low < high):
+        raise UserError(f"{name} is not flat, finite and with actions in [-1, 1]; offline/convert.py makes such data")
+    data = Data(name, *(torch.from_numpy(x).to(device) for x in (rows, last)), obs_dim, act_dim, (low, high), source)
+    score = f"score {data.score(np.mean([e.rewards.sum() for e in episodes])):.1f}"
+    scale = "the return, for lack of references" if None in points else f"0 at a return of {low:.0f}, 100 at {high:.0f}"
+    print(f"dataset {name}: {len(rows)} transitions, {score} ({scale}), environment {env.spec.id}", flush=True)
+    return data
+
+
+def online_start(args, run, data):
+    """-> the training environment and the observation it stands at, the buffer (N + online_steps, 2 O + A + 2) with
+    the data in its first N rows, and N. A resumed run repeats the actions of the episode that was cut off, so that no
+    state of a simulator has to be stored."""
+    start, first, env = run.progress["episode_start"], len(data.rows), data.make_env()
+    buffer = torch.cat([data.rows, data.rows.new_zeros(args.online_steps, data.rows.shape[1])])
+    done = run.saved.get("online", buffer[:0]).to(buffer.device)
+    buffer[first : first + len(done)] = done
+    obs, _ = env.reset(seed=1_000_000 * args.seed + start)
+    for action in data.split(done[start:])[1].cpu().numpy():
+        obs = env.step(action)[0]
+    return env, obs, buffer, first
+
+
+def draw(generator, first, last, offline, batch_size):
+    """-> indices (batch_size,): `offline` of them in [0, first), the data, the rest in [first, last), online."""
+    parts = (0, first, offline), (first, last, batch_size - offline)
+    return torch.cat([torch.randint(a, b, (n,), generator=generator, device=generator.device) for a, b, n in parts])
+
+
 @torch.no_grad()
 def evaluate(policy, envs, seed, device, gamma=1.0, alpha=0.0):
-    """One episode in each of `envs`, all at once; `policy` maps obs (n, O) and noise (n, A) to actions (n, A) and their
-    log_prob (n,). Start states and noise come from `seed` alone: no random number of training is drawn. -> mean return,
-    mean of sum gamma^t (r - alpha log_prob), and the environment steps of all episodes together."""
-    generator = torch.Generator().manual_seed(seed)
+    """One episode in each of the n `envs`, all at once; `policy` maps obs (n, O) and noise (n, A) to actions (n, A) and
+    their log_prob (n,). Start states and noise come from `seed` alone: no random number of training is drawn.
+    -> returns (n,), sums of gamma^t (r - alpha log_prob) (n,), and the environment steps of all episodes together."""
+    generator, alive, steps, discount = torch.Generator().manual_seed(seed), np.arange(len(envs)), 0, 1.0
     obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
-    returns, discounted, alive, steps, discount = np.zeros(len(envs)), np.zeros(len(envs)), np.arange(len(envs)), 0, 1.0
+    returns, discounted = np.zeros(len(envs)), np.zeros(len(envs))
     while len(alive):
-        noise = torch.randn(len(envs), envs[0].action_space.shape[0], generator=generator)[alive].to(device)
+        noise = torch.randn(len(envs), *envs[0].action_space.shape, generator=generator)[alive].to(device)
         actions, log_prob = policy(torch.as_tensor(obs[alive], dtype=torch.float32, device=device), noise)
-        actions, bonus = actions.cpu().numpy(), -alpha * log_prob.cpu().numpy()
-        running = np.ones(len(alive), dtype=bool)
-        for k, i in enumerate(alive):
-            obs[i], reward, terminated, truncated, _ = envs[i].step(actions[k])
-            returns[i] += reward
-            discounted[i] += discount * (reward + bonus[k])
-            running[k] = not (terminated or truncated)
-        steps, alive, discount = steps + len(alive), alive[running], discount * gamma
-    return returns.mean(), discounted.mean(), steps
+        actions, bonus, over = actions.cpu().numpy(), -alpha * log_prob.cpu().numpy(), []
+        for i, action, extra in zip(alive, actions, bonus, strict=True):
+            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
+            returns[i], discounted[i] = returns[i] + reward, discounted[i] + discount * (reward + extra)
+            over += [i] if terminated or truncated else []
+        steps, alive, discount = steps + len(alive), np.setdiff1d(alive, over), discount * gamma
+    return returns, discounted, steps
 
 
 def mode_of(policy):
@@ -982,150 +591,228 @@ def mode_of(policy):
     return lambda obs, noise: (policy.mode(obs), torch.zeros(len(obs)))
 
 
-# end shared
+def score_actor(args, run, data, envs, choose=False):
+    """-> {"score"} of the actor's mode, from the same start states in every evaluation of a run. With --reference best
+    the actor becomes pi_ref where `choose` allows it and it beats every pi_ref so far: interaction, so it's counted."""
+    progress, actor = run.progress, run.nets["actor"]
+    returns, _, steps = evaluate(mode_of(actor), envs, 100_000_000 + 1_000_000 * args.seed, data.rows.device)
+    score = data.score(returns.mean())
+    if choose and args.reference == "best":
+        progress["selection_steps"] += steps
+        if score > progress["reference_score"]:
+            progress["reference_score"] = score
+            run.nets["reference"].load_state_dict(actor.state_dict())
+    return {"score": score}
 
 
-# shared: env_state
-def env_state(env):
-    """Everything that the next env.step depends on: MuJoCo's state, the time limit's counter, the random state."""
-    base, kind = env.unwrapped, mujoco.mjtState.mjSTATE_INTEGRATION
-    physics = np.zeros(mujoco.mj_stateSize(base.model, kind))
-    mujoco.mj_getState(base.model, base.data, physics, kind)
-    elapsed = env.get_wrapper_attr("_elapsed_steps")
-    return {"physics": torch.from_numpy(physics), "elapsed": elapsed, "rng": base.np_random.bit_generator.state}
+def closing_score(args, policy, data, envs):
+    """The score over 50 episodes or a few more, from start states that no evaluation has seen."""
+    seeds = range(200_000_000 + 1_000_000 * args.seed, 10**12, len(envs))[: -(-50 // len(envs))]
+    return data.score(np.mean([evaluate(mode_of(policy), envs, seed, data.rows.device)[0] for seed in seeds]))
 
 
-def set_env_state(env, saved):
-    """The inverse of env_state, on an environment that has been reset once."""
-    base = env.unwrapped
-    mujoco.mj_setState(base.model, base.data, saved["physics"].numpy(), mujoco.mjtState.mjSTATE_INTEGRATION)
-    env.set_wrapper_attr("_elapsed_steps", saved["elapsed"])
-    base.np_random.bit_generator.state = saved["rng"]
+def make_actor(saved, data, bf16):
+    """The policy of a checkpoint, for the observations and actions of the data."""
+    sizes = torch.zeros(data.obs_dim), torch.ones(data.obs_dim), data.act_dim, saved["policy"]["hidden"]
+    actor = DeterministicActor(*sizes, bf16)
+    actor.load_state_dict(saved["actor"])
+    return actor
 
 
-# end shared
+def load_actor(args, path, run, data):
+    """The offline policy in a checkpoint; if it is of another class, a copy that offline/bc.py teaches to imitate it.
+    Raises UserError if the file is missing, broken, or of another environment."""
+    saved, copy, bc = load_file(path), run.dir / "imitated.pt", Path(__file__).resolve().parent / "offline/bc.py"
+    try:
+        kind, origin = saved["policy"]["kind"], f"{saved['algorithm']}, {saved['step']} updates on {saved['dataset']}"
+        if saved["format"] != 1 or saved["env_id"].split("-")[0] != args.env_id.split("-")[0]:
+            raise UserError(f"{path} is for {saved['env_id']}, in format {saved['format']}; not for {args.env_id}")
+        if kind == KIND:
+            actor = make_actor(saved, data, args.bf16)
+            if not all(x.isfinite().all() for x in actor.state_dict().values()) or (actor.obs_std <= 0).any():
+                raise UserError(f"{path} holds weights that are not finite, or a std that is not positive")
+            print(f"offline policy {path}: {origin}", flush=True)
+            return actor
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        sizes = f"{data.obs_dim} observations and {data.act_dim} actions"
+        raise UserError(f"{path} holds no policy for {sizes} in format 1 ({type(error).__name__})") from error
+    flags = {"env-id": args.env_id, "dataset": data.name, "seed": args.seed, "teacher": path, "policy": KIND}
+    flags |= {"output": copy, "run-dir": run.dir / "imitation"}
+    command = [sys.executable, bc, *(f"--{key}={value}" for key, value in flags.items())]
+    if not copy.exists() and subprocess.run(command).returncode:
+        raise UserError(f"{path} holds a {kind} policy, not a {KIND} one, and offline/bc.py could not imitate it")
+    return load_actor(args, copy, run, data)
 
 
-# shared: files
+def checkpoint(args, data, nets, step, score):
+    """The fine-tuned policy, in the format of the offline ones: plain tensors, numbers and strings."""
+    sizes = [layer.out_features for layer in nets["actor"].net if isinstance(layer, nn.Linear)]
+    origin = {"format": 1, "algorithm": ALGORITHM, "env_id": args.env_id, "dataset": data.name}
+    policy = {"policy": {"kind": KIND, "hidden": sizes[:-1]}, "step": step, "score": score}
+    weights = {net: {key: x.cpu() for key, x in nets[net].state_dict().items()} for net in ("actor", "critics")}
+    return {**origin, **policy, **weights, "args": asdict(args), "versions": versions()}
+
+
 def save_file(payload, path):
-    """torch.save that never leaves half a file: written beside `path`, then renamed. Raises UserError if it fails."""
+    """Writes text, or with torch.save anything else, and never leaves half a file. Raises UserError if it fails."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(payload, temporary)
+        temporary.write_text(payload) if isinstance(payload, str) else torch.save(payload, temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
         temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path} ({error}); the previous file, if any, is unchanged") from error
 
 
-def write_json(payload, path):
-    """Never leaves half a file either."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(payload, indent=1))
-    os.replace(temporary, path)
-
-
-def load_file(path, device):
-    """torch.load of tensors, numbers and strings only. Raises UserError if the file is missing or broken."""
+def load_file(path):
+    """torch.load of tensors, numbers and strings, so no code. Raises UserError if the file is missing or broken."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is incomplete or no checkpoint of ours ({type(error).__name__})") from error
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # a damaged zip or pickle raises nearly anything
+        reason = type(error).__name__ if Path(path).exists() else "there is no such file"
+        raise UserError(f"{path} is missing, incomplete or no checkpoint of ours ({reason})") from error
 
 
 def versions():
     """Of the packages that decide what a run computes."""
-    return {m.__name__: str(m.__version__) for m in (torch, np, gym, mujoco, minari)}
+    return {name: version(name) for name in ("torch", "numpy", "gymnasium", "mujoco", "minari")}
 
 
-# end shared
-
-
-# shared: run_folder
 class Run:
-    """The run folder and everything that makes a run resumable. `progress` holds plain numbers, strings and lists."""
+    """The run folder: args.json, metrics.jsonl and TensorBoard events, summary.json, and resume.pt, which holds
+    everything that the next update depends on. `progress` are plain numbers, strings and lists. Nothing is written
+    before `restore`, when all that can be refused has been."""
 
-    def __init__(self, args, algorithm, progress):
+    def __init__(self, args, progress):
         default = f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.dir, saved = Path(args.resume or args.run_dir or default), None
-        if args.resume and (self.dir / "resume.pt").exists():
-            saved = load_file(self.dir / "resume.pt", "cpu")
-        elif not args.resume and (self.dir / "args.json").exists():
+        self.args, self.dir = args, Path(args.resume or args.run_dir or default)
+        if not args.resume and (self.dir / "args.json").exists():
             raise UserError(f"{self.dir} holds a run already; continue it with --resume or name another --run-dir")
-        self.dir.mkdir(parents=True, exist_ok=True)
-        write_json({"algorithm": algorithm, **asdict(args)}, self.dir / "args.json")
-        self.metrics = open(self.dir / "metrics.jsonl", "a")
-        self.metrics.truncate(saved["metrics_bytes"] if saved else 0)  # rows after resume.pt will be written again
-        self.progress, self.saved = saved["progress"] if saved else progress, saved
-        self.started = time.time() - (saved["seconds"] if saved else 0)
-        self.nets, self.optimizers, self.generator = {}, {}, None
-        self.board, self.wandb = SummaryWriter(self.dir / "tensorboard"), None
-        if args.track:
-            import wandb
-
-            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": self.dir.name}
-            self.wandb = wandb.init(**names, config=asdict(args))
+        begun = args.resume and (self.dir / "resume.pt").exists()
+        self.saved = {"metrics": [], "seconds": 0.0} | (load_file(self.dir / "resume.pt") if begun else {})
+        self.progress, self.metrics = progress | self.saved.get("progress", {}), self.saved["metrics"]
+        self.started, self.writing = time.time() - self.saved["seconds"], False
 
     def restore(self, nets, optimizers, generator):
-        """Names what resume.pt holds, and loads it when this run continues one."""
+        """Names what resume.pt holds, loads it when this run continues one, and begins to write."""
         self.nets, self.optimizers, self.generator = nets, optimizers, generator
-        if self.saved:
-            for kind, parts in (("nets", nets), ("optimizers", optimizers)):
-                for key, part in parts.items():
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.dir / "lock", "a")  # the operating system lets go of it when the process ends
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for kind, parts in {"nets": nets, "optimizers": optimizers}.items():
+                for key, part in parts.items() if kind in self.saved else ():
                     part.load_state_dict(self.saved[kind][key])
-            generator.set_state(self.saved["generator"])
+            generator.set_state(self.saved.get("generator", generator.get_state()))
+        except BlockingIOError as error:
+            raise UserError(f"another process writes to {self.dir}; wait for it, or name another --run-dir") from error
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(f"{self.dir}/resume.pt does not fit this run ({type(error).__name__})") from error
+        save_file(json.dumps({"algorithm": ALGORITHM, **asdict(self.args)}, indent=1), self.dir / "args.json")
+        save_file("".join(self.metrics), self.dir / "metrics.jsonl")  # rows after resume.pt will be written again
+        if self.args.track:
+            import wandb
+
+            names = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity, "name": self.dir.name}
+            wandb.init(**names, config=asdict(self.args), sync_tensorboard=True)
+        self.board, self.writing = SummaryWriter(self.dir / "tensorboard"), True
+        self.summarize("running")
 
     def save(self, **extra):
         """Writes resume.pt. `extra`: what the current stage needs beyond networks, optimisers and progress."""
         parts = {"nets": self.nets, "optimizers": self.optimizers}
         state = {kind: {key: part.state_dict() for key, part in parts[kind].items()} for kind in parts}
-        state |= {"generator": self.generator.get_state(), "progress": self.progress, **extra}
-        position = {"metrics_bytes": self.metrics.tell(), "seconds": time.time() - self.started}
-        save_file({**state, **position}, self.dir / "resume.pt")
+        state |= {"generator": self.generator.get_state(), "progress": self.progress, "metrics": self.metrics}
+        save_file({**state, "seconds": time.time() - self.started, **extra}, self.dir / "resume.pt")
 
-    def finite(self, stage, step, values):
-        """-> `values` as plain numbers. Raises UserError if one is not finite; resume.pt keeps the last good state."""
-        values = {key: float(value) for key, value in values.items()}
-        for key, value in values.items():
-            if not math.isfinite(value):
-                message = f"{stage}/{key} is not finite at step {step}; {self.dir}/resume.pt keeps the last good state"
-                raise UserError(f"{message}, lower the learning rates or check the data")
-        return values
+    def enter(self, stage):
+        """The border between two stages is a point to resume from."""
+        self.progress |= {"stage": stage, "step": 0}
+        self.save()
 
     def log(self, stage, step, values):
-        """One row of metrics.jsonl."""
-        values = {f"{stage}/{key}": value for key, value in self.finite(stage, step, values).items()}
-        for key, value in values.items():
+        """One row of metrics.jsonl, TensorBoard and the console; draws curve.png anew. Raises UserError if a number is
+        not finite: resume.pt then keeps the last good state."""
+        row = {f"{stage}/{key}": float(value) for key, value in values.items()}
+        if bad := [key for key, value in row.items() if not math.isfinite(value)]:
+            hint = f"{self.dir}/resume.pt keeps the last good state, lower the learning rates or check the data"
+            raise UserError(f"{bad[0]} is not finite at step {step}; {hint}")
+        print(f"{stage} {step}: " + ", ".join(f"{key} {float(x):.4g}" for key, x in values.items()), flush=True)
+        for key, value in row.items():
             self.board.add_scalar(key, value, step)
-        self.metrics.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
-        self.metrics.flush()
-        if self.wandb:
-            self.wandb.log({**values, f"{stage}/step": step})
+        self.metrics.append(json.dumps({"stage": stage, "step": step, **row}) + "\n")
+        with open(self.dir / "metrics.jsonl", "a") as file:
+            file.write(self.metrics[-1])
+        draw_curve(self)
+
+    def summarize(self, status):
+        """Writes and returns summary.json: scores in D4RL's points, `scores` [environment step, score]."""
+        args, progress, scores = self.args, self.progress, [score for _, score in self.progress.get("scores", [])]
+        summary = {"env_id": args.env_id, "dataset": args.dataset or f"o2o/{args.env_id}", "algorithm": ALGORITHM}
+        summary |= {"seed": args.seed, **{key: value for key, value in progress.items() if key not in PRIVATE.split()}}
+        if scores:
+            early = [score for step, score in progress["scores"] if step <= args.online_steps / 10] or scores[:1]
+            summary |= {"final_score": float(np.mean(scores[-5:])), "best_score": max(scores)}
+            summary |= {"initial_drop": progress["offline_score"] - min(early), "auc": float(np.mean(scores))}
+        summary |= {"wall_seconds": time.time() - self.started, "versions": versions(), "status": status}
+        if self.writing:  # else the run was refused
+            save_file(json.dumps(summary, indent=1), self.dir / "summary.json")
+        return summary
 
 
-def stored_args(folder, algorithm):
-    """The arguments of the run in `folder`. Raises UserError if there is none or if it is another algorithm's."""
-    path = Path(folder) / "args.json"
-    if not path.exists():
-        raise UserError(f"nothing to resume: {path} does not exist")
+def draw_curve(run):
+    """curve.png: the score over the steps of each stage, the offline policy's dashed."""
+    rows = [row for row in map(json.loads, run.metrics) if f"{row['stage']}/score" in row]
+    stages = list(dict.fromkeys(row["stage"] for row in rows)) or ["online"]
+    figure, axes = plt.subplots(1, len(stages), figsize=(4.5 * len(stages), 3.5), squeeze=False, layout="constrained")
+    for axis, stage in zip(axes[0], stages, strict=True):
+        points = [(row["step"], row[f"{stage}/score"]) for row in rows if row["stage"] == stage]
+        axis.plot([step for step, _ in points], [score for _, score in points], ".-", label=run.args.exp_name)
+        if run.progress.get("offline_score") is not None:
+            axis.axhline(run.progress["offline_score"], color="black", linestyle="--", label="offline policy")
+        axis.set(title=stage, xlabel="environment steps" if stage == "online" else "updates", ylabel="score")
+        axis.legend(fontsize=8)
+    figure.savefig(run.dir / "curve.png", dpi=100)
+    plt.close(figure)
+
+
+def check_ranges(args):
+    """Every number lies in its range, so that nothing fails, or does nonsense, after hours. Raises UserError."""
+    for (low, high), flags in RANGES.items():
+        for flag in flags.split():
+            value = getattr(args, flag)
+            if value is not None and not (isinstance(value, int | float) and low <= value <= high):
+                raise UserError(f"--{flag.replace('_', '-')} is {value}; it has to lie between {low:g} and {high:g}")
+
+
+def parse_args(argv=None):
+    """The settings of the task, or with --resume those of the run, are the defaults; the command line wins. A run that
+    is resumed may get other budgets, but not become another method. Raises UserError."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
+    if not args.resume:
+        return tyro.cli(Args, args=argv, default=replace(Args(), **settings(args)))
     try:
-        stored = json.loads(path.read_text())
-        if stored.pop("algorithm") != algorithm:
-            raise UserError(f"{folder} is not a run of {algorithm}; resume it with the script that started it")
-        return Args(**{**stored, "resume": str(folder)})
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged or of another version of this script ({error})") from error
+        stored = json.loads((Path(args.resume) / "args.json").read_text())
+        algorithm, default = stored.pop("algorithm"), Args(**{**stored, "resume": args.resume})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{args.resume} holds no run of this script that could be resumed ({error})") from error
+    args = tyro.cli(Args, args=argv, default=default)
+    changed = [flag for flag, value in asdict(args).items() if value != getattr(default, flag)]
+    if algorithm != ALGORITHM or not set(changed) <= set(RESUMABLE.split()):
+        raise UserError(
+            f"{args.resume} is a run of {algorithm}; when it is resumed, only these may change: {RESUMABLE}"
+        )
+    return args
 
 
-def run_cli(main, algorithm):
-    """Runs main(args) on the command line; a UserError becomes one sentence on stderr and exit code 2. With --resume
-    the stored arguments are the defaults, and the command line still wins."""
+def run_cli(main):
+    """A UserError becomes one sentence on stderr and exit code 2; SIGTERM ends a run like Ctrl-C, with a summary."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs would ignore the former
+        signal.signal(number, signal.default_int_handler)
     try:
-        args = tyro.cli(Args)
-        main(tyro.cli(Args, default=stored_args(args.resume, algorithm)) if args.resume else args)
+        main(parse_args())
     except (UserError, OSError) as error:  # OSError: no space left, no permission
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -1133,138 +820,36 @@ def run_cli(main, algorithm):
         sys.exit(130)
 
 
-def pick_device(cuda):
-    if cuda and not torch.cuda.is_available():
-        raise UserError("--cuda was asked for but torch sees no CUDA device; leave it out to run on the CPU")
-    return torch.device("cuda" if cuda else "cpu")
-
-
-# end shared
-
-
-# shared: summary
-def write_summary(run, args, data_name, algorithm, status):
-    """summary.json from run.progress; -> the summary. Scores are D4RL's points, `scores` [environment step, score]."""
-    progress, scores = run.progress, [score for _, score in run.progress["scores"]]
-    early = [score for step, score in progress["scores"] if step <= args.online_steps / 10] or scores[:1]
-    summary = {
-        "env_id": args.env_id,
-        "dataset": data_name,
-        "algorithm": algorithm,
-        "seed": args.seed,
-        **{key: progress[key] for key in ("offline_score", "fitted_score", "aligned_score", "scores")},
-        "final_score": float(np.mean(scores[-5:])) if scores else None,
-        "best_score": max(scores, default=None),
-        "initial_drop": progress["offline_score"] - min(early) if early else None,
-        "auc": float(np.mean(scores)) if scores else None,
-        **{key: progress[key] for key in ("online_steps", "selection_steps", "updates_per_second")},
-        "wall_seconds": time.time() - run.started,
-        "versions": versions(),
-        "status": status,
-    }
-    write_json(summary, run.dir / "summary.json")
-    return summary
-
-
-def draw_curve(run):
-    """curve.png, all stages side by side: values against updates (stage 1), scores against updates (stage 2) and
-    against environment steps (stage 3)."""
-    rows = [json.loads(line) for line in (run.dir / "metrics.jsonl").read_text().splitlines()]
-    panels = [stage for stage in ("reevaluate", "align", "online") if any(row["stage"] == stage for row in rows)]
-    if not panels:
-        return
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.5), squeeze=False, layout="constrained")
-    for axis, stage in zip(axes[0], panels, strict=True):
-        points = [row for row in rows if row["stage"] == stage]
-        values = ("q_mean", "v_start", "soft_return", "discounted_return")
-        for key in values if stage == "reevaluate" else ("score", "score_sampled"):
-            if f"{stage}/{key}" in points[0]:
-                axis.plot([row["step"] for row in points], [row[f"{stage}/{key}"] for row in points], ".-", label=key)
-        if stage != "reevaluate":
-            axis.axhline(run.progress["offline_score"], color="black", linestyle="--", label="offline policy")
-        axis.set(title=stage, xlabel="environment steps" if stage == "online" else "updates")
-        axis.set_ylabel("return, discounted" if stage == "reevaluate" else "normalised score")
-        axis.locator_params(axis="x", nbins=5)
-        axis.legend(fontsize=8)
-    figure.savefig(run.dir / "curve.png", dpi=100)
-    plt.close(figure)
-
-
-def report(run, stage, step, values):
-    """Logs, prints and draws one row of numbers."""
-    run.log(stage, step, values)
-    print(f"{stage} {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()), flush=True)
-    draw_curve(run)
-
-
-@torch.no_grad()
-def record_video(policy, make_env, path, seed, device):
-    """One episode as an mp4 file. Raises UserError if this machine cannot render."""
-    frames = []
-    try:
-        env = make_env(render_mode="rgb_array")
-        obs, done = env.reset(seed=seed)[0], False
-        while not done:
-            frames.append(env.render())
-            obs_batch = torch.as_tensor(obs[None], dtype=torch.float32, device=device)
-            obs, _, terminated, truncated, _ = env.step(policy(obs_batch).cpu().numpy()[0])
-            done = terminated or truncated
-    except (ImportError, AttributeError, gym.error.Error, mujoco.FatalError) as error:
-        hint = "set MUJOCO_GL=egl or osmesa, or leave --capture-video out"
-        raise UserError(f"cannot render ({error}); {hint}") from error
-    path.parent.mkdir(exist_ok=True)
-    imageio.mimsave(path, frames, fps=env.metadata["render_fps"])
-
-
-# end shared
-
-
-def export(args, data, nets, progress):
-    """The checkpoint of the fine-tuned policy, in the format of the offline ones."""
-    sizes = [layer.out_features for layer in nets["actor"].net if isinstance(layer, nn.Linear)]
-    return {
-        "format": 1,
-        "algorithm": "o2o_td3",
-        "env_id": args.env_id,
-        "dataset": data.name,
-        "policy": {"kind": "deterministic", "hidden": sizes[:-1]},
-        "actor": {key: value.cpu() for key, value in nets["actor"].state_dict().items()},
-        "critics": {key: value.cpu() for key, value in nets["critics"].state_dict().items()},
-        "step": progress["online_steps"],
-        "score": progress["scores"][-1][1] if progress["scores"] else progress["offline_score"],
-        "args": asdict(args),
-        "versions": versions(),
-    }
-
-
 def main(args: Args):
-    fill_defaults(args)
+    """-> what summary.json says. Raises UserError before anything is written, if it can."""
+    check_ranges(args)
     torch.set_num_threads(args.num_threads)
-    torch.set_float32_matmul_precision(args.matmul_precision)
-    device = pick_device(args.cuda)
+    if args.cuda and not torch.cuda.is_available():
+        raise UserError("--cuda was asked for but torch sees no CUDA device; leave it out to run on the CPU")
+    if args.checkpoint is None:
+        args.checkpoint = str(Path(__file__).resolve().parent / "offline/checkpoints" / args.env_id / f"{SOURCE}.pt")
     if not Path(args.checkpoint).exists():
-        command = f"python offline/td3_bc.py --env-id {args.env_id} --updates 200000"
-        hint = f"train one with: {command}, or name one with --checkpoint"
-        raise UserError(f"no offline policy at {args.checkpoint}; {hint}")
-    data = load_dataset(args.env_id, args.dataset)
-    teacher, saved = load_policy(args.checkpoint, args.env_id, data.obs_dim, data.act_dim, std=args.policy_noise)
-    progress = {"stage": "start", "step": 0, "online_steps": 0, "selection_steps": 0, "updates_per_second": {}}
-    progress |= {"offline_score": None, "fitted_score": None, "aligned_score": None, "scores": []}
-    run, status = Run(args, "o2o_td3", progress), "failed"
+        command = f"python offline/{SOURCE}.py --env-id {args.env_id}"
+        raise UserError(f"no offline policy at {args.checkpoint}; train one with {command}, or name a --checkpoint")
+    progress = {"stage": "start", "step": 0, "episode_start": 0, "online_steps": 0, "selection_steps": 0, "scores": []}
+    progress |= {"offline_score": None, "aligned_score": None, "closing_score": None, "reference_score": -math.inf}
+    run = Run(args, progress | {"updates_per_second": {}})
+    if run.progress["online_steps"] > args.online_steps:
+        raise UserError(f"{run.dir} did {run.progress['online_steps']} --online-steps already; resume it with more")
+    data = load_data(args, torch.device("cuda" if args.cuda else "cpu"))
+    actor, status = load_actor(args, args.checkpoint, run, data), "failed"
     try:
-        train(args, run, data, teacher.to(device), saved["policy"], device)
+        train(args, run, data, actor)
         status = "complete"
     except KeyboardInterrupt:
         status = "interrupted"
         raise
     finally:
-        summary = write_summary(run, args, data.name, "o2o_td3", status)
-        for key, value in summary.items():
-            if isinstance(value, float):
-                print(f"{key:15} {value:7.1f}")
+        summary = run.summarize(status)
+        print("\n".join(f"{key:15} {value:7.1f}" for key, value in summary.items() if isinstance(value, float)))
         print(f"{status} after {summary['wall_seconds']:.0f} s; everything is in {run.dir}")
     return summary
 
 
 if __name__ == "__main__":
-    run_cli(main, "o2o_td3")
+    run_cli(main)

@@ -5,72 +5,72 @@ that the data hold. Its policy is the default start of `o2o_sac.py`; its critics
 not saved with it.
 
     python offline/cql.py --env-id hopper-medium-v2  # the paper's 1,000,000 updates
-    python offline/cql.py --env-id hopper-medium-v2 --updates 100000 --matmul-precision medium  # an hour on a CPU
+    python offline/cql.py --env-id hopper-medium-v2 --updates 100000 --bf16  # an hour on a CPU
 
 Writes a run folder, and `offline/checkpoints/<env_id>/cql.pt`: policy, observation statistics, score.
 
 The variant is CQL(H) with importance weights. --lagrange, --max-backup and --clip-gap are the variants that the paper's
 AntMaze runs use. As in the common PyTorch versions, and other than in the paper: no entropy in the backup, and a small
 learning rate for the policy.
+
+The method ends with `train`. What follows (networks, data, run folder) is the same in every script.
 """
 
-import difflib
+import fcntl
 import json
 import math
 import os
-import pickle
+import shutil
+import signal
 import subprocess
 import sys
 import time
-import zipfile
-from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import gymnasium as gym
-import h5py
+import matplotlib.pyplot as plt
 import minari
-import mujoco
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
 from minari.storage.datasets_root_dir import get_dataset_path
 from torch import nn
-from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import InvalidCxxCompiler
+from torch.optim.adam import adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
 @dataclass
 class Args:
-    env_id: str = "hopper-medium-v2"  # {hopper,walker2d,halfcheetah}-{random,medium{,-replay,-expert},expert}-v2
+    env_id: str = "hopper-medium-v2"  # task: names the dataset, the checkpoint and the run folder
     seed: int = 1  # the only seed: networks, batches and evaluation derive from it
     exp_name: str = "cql"  # part of the run folder's name
     cuda: bool = False  # train on a GPU
     track: bool = False  # also log to Weights & Biases
     wandb_project_name: str = "o2o"  # project there
     wandb_entity: str | None = None  # team there
-    dataset: str | None = None  # Minari id or D4RL .hdf5 file; None: local Minari dataset o2o/<env_id>, made if missing
+    dataset: str | None = None  # Minari id, local or remote; None: o2o/<env_id>, made by offline/collect.py if missing
     output: str | None = None  # checkpoint to write; None: offline/checkpoints/<env_id>/cql.pt
     overwrite: bool = False  # replace that checkpoint if it exists
     run_dir: str | None = None  # folder of this run; None: runs/<env_id>__<exp_name>__<seed>__<time>
     resume: str | None = None  # folder of a run that was cut off, to be continued
 
     updates: int = 1_000_000  # gradient steps
-    eval_every: int = 5_000  # gradient steps between evaluations, which are also the points to resume from
+    eval_every_updates: int = 5_000  # updates between evaluations, which are also the points to resume from
     eval_episodes: int = 10  # episodes of one evaluation, all at once
     batch_size: int = 256  # transitions of one gradient step
     gamma: float = 0.99  # discount
     tau: float = 0.005  # Polyak rate of the target critics
-    policy_lr: float = 3e-5  # actor
-    critic_lr: float = 3e-4  # critics, temperature, and the multiplier of --lagrange
-    hidden_layers: int = 3  # of width 256, in actor and critics
+    policy_lr: float = 3e-5  # actor and temperature
+    critic_lr: float = 3e-4  # critics, and the multiplier of --lagrange
+    critic_layers: int = 3  # hidden layers of the critics, of width 256; the actor has three
     cql_alpha: float = 10.0  # weight of the conservative term
     cql_temperature: float = 1.0  # T of its logsumexp, in units of Q
     cql_actions: int = 10  # actions drawn from each of uniform, pi(.|s), pi(.|s')
@@ -80,167 +80,158 @@ class Args:
     clip_gap: float | None = None  # lower clip of the gap of a state, in units of Q; None: no clip
 
     compile: bool = True  # compile the update into one graph
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # fp32; medium: bf16 products
+    bf16: bool = False  # matrix products in bf16, on CPUs and GPUs that have units for it
     num_threads: int = 1  # CPU threads: such small networks get slower, not faster, once threads exceed the free cores
 
 
-# shared: tasks
-class UserError(Exception):
-    """Something the user can put right: `run_cli` prints it as one sentence and exits with code 2."""
+def settings(args):
+    """Nothing that the command line does not say depends on the task."""
+    return {}
 
 
-# D4RL's names: environment, and the two returns that make 0 and 100 points (D4RL's, measured on its own environments)
-ENVS = {
-    "hopper": ("Hopper-v5", -20.272305, 3234.3),
-    "walker2d": ("Walker2d-v5", 1.629008, 4592.3),
-    "halfcheetah": ("HalfCheetah-v5", -280.178953, 12135.0),
+def conservative_gap(q_candidates, log_density, q_data, temperature, clip=None):
+    """How far the critics rank the policy's actions above the data's, CQL(H) with importance weights (Eq. 4, App. F):
+
+        T logsumexp_k( (Q(s, a_k) - log p(a_k)) / T ) - Q(s, a)
+
+    q_candidates (n, B, K): return. log_density (B, K): nats, of the distribution that a_k was drawn from.
+    q_data (n, B): Q of the action in the data. -> (n, B), clipped below at `clip`."""
+    gap = temperature * torch.logsumexp((q_candidates - log_density) / temperature, dim=-1) - q_data
+    return gap if clip is None else gap.clamp(min=clip)
+
+
+def td_target(reward, terminated, next_q, gamma):
+    """y = r + gamma (1 - d) max_k min_j Q_j(s', a'_k), no entropy in the backup. next_q (n, B, K); -> (B,)."""
+    return reward + gamma * (1 - terminated) * next_q.amin(0).amax(-1)
+
+
+def actor_loss(log_prob, q, alpha):
+    """E[ alpha log pi(a|s) - min_j Q_j(s,a) ], a reparametrised; log_prob (B,), q (n, B)."""
+    return (alpha * log_prob - q.amin(0)).mean()
+
+
+def draw_actions(actor, obs, noise):
+    """K actions of the policy: obs (B, O), noise (K, B, A) -> actions (B, K, A), log_prob (B, K)."""
+    mean, log_std = actor(obs)
+    u = mean + log_std.exp() * noise
+    return torch.tanh(u).transpose(0, 1), squashed_log_prob(mean, log_std, u).transpose(0, 1)
+
+
+def make_update(args, nets, optimizers, split):
+    """-> update(rows (B, 2 O + A + 2), noise (3 K + 1, B, A)), which changes `nets` in place and returns detached
+    numbers."""
+    actor, critics, targets, k = nets["actor"], nets["critics"], nets["targets"], args.cql_actions
+    log_alpha, log_weight = nets["log_alpha"][0], nets["log_weight"][0]
+
+    def update(rows, noise):
+        obs, action, reward, next_obs, terminated = split(rows)
+        with torch.no_grad():
+            next_actions, next_log_prob = draw_actions(actor, next_obs, noise[:k])
+            actions, log_prob = draw_actions(actor, obs, noise[k : 2 * k])
+            uniform = torch.erf(noise[2 * k : 3 * k] / math.sqrt(2)).transpose(0, 1)  # of normal noise: U[-1, 1]
+            candidates = torch.cat([uniform, actions, next_actions], dim=1)
+            uniform_density = torch.full_like(log_prob, -action.shape[1] * math.log(2))
+            log_density = torch.cat([uniform_density, log_prob, next_log_prob], dim=1)
+            backups = next_actions if args.max_backup else next_actions[:, :1]
+            target = td_target(reward, terminated, targets.many(next_obs, backups), args.gamma)
+        q = critics(obs, action)
+        td_loss = ((q - target) ** 2).mean(-1).sum()
+        q_candidates = critics.many(obs, candidates)
+        gap = conservative_gap(q_candidates, log_density, q, args.cql_temperature, args.clip_gap).mean(-1)
+        weight = torch.ones_like(log_weight)
+        if args.lagrange:
+            weight = log_weight.detach().exp().clamp(max=1e6)
+            gap = gap - args.target_gap
+            optimizers["log_weight"].minimize(-log_weight.exp() * args.cql_alpha * gap.detach().mean())
+        critic_loss = td_loss + weight * args.cql_alpha * gap.sum()
+        optimizers["critics"].minimize(critic_loss)
+
+        alpha = log_alpha.detach().exp()
+        new_action, new_log_prob, _ = actor.sample(obs, noise[3 * k])
+        loss = actor_loss(new_log_prob, critics(obs, new_action), alpha)
+        optimizers["actor"].minimize(loss)
+        entropy = -new_log_prob.detach().mean()
+        optimizers["log_alpha"].minimize(log_alpha * (entropy + action.shape[1]))  # target entropy: -A nats
+        polyak(targets, critics, args.tau)
+        values = numbers(critic_loss=critic_loss, gap=gap.mean(), cql_weight=weight * args.cql_alpha)
+        return values | numbers(q_mean=q.mean(), actor_loss=loss, entropy=entropy, alpha=alpha)
+
+    return update
+
+
+def train_offline(args, run, stage, steps, update, rows, shape, check, extra=lambda step: ()):
+    """`steps` updates on batches of `rows`, with standard normal noise of `shape` and whatever `extra(step)` gives.
+    Every eval_every_updates logs their numbers and those of `check()`, and saves."""
+    progress, generator, clock, count = run.progress, run.generator, time.time(), 0
+    for step in tqdm(range(progress["step"] + 1, steps + 1), desc=stage, unit="update", disable=None):
+        index = torch.randint(len(rows), (args.batch_size,), generator=generator, device=generator.device)
+        noise = torch.randn(shape, generator=generator, device=generator.device)
+        values, count = update(rows[index], noise, *extra(step)), count + 1
+        if step % args.eval_every_updates == 0 or step == steps:
+            values = {key: float(value) for key, value in values.items()}  # waits for a GPU, so the clock is right
+            progress["step"], progress["updates_per_second"][stage] = step, count / (time.time() - clock)
+            run.log(stage, step, values | {"updates_per_second": progress["updates_per_second"][stage]} | check())
+            run.save()
+            clock, count = time.time(), 0
+
+
+def train(args, run, data):
+    """Updates of all networks, from scratch."""
+    device, stats, hidden = data.rows.device, observation_stats(data), [256, 256, 256]
+    torch.manual_seed(args.seed)
+    critics = CqlCritics(*stats, data.act_dim, [256] * args.critic_layers, bf16=args.bf16)
+    nets = {"actor": SquashedGaussianActor(*stats, data.act_dim, hidden, args.bf16), "critics": critics}
+    nets |= {"targets": deepcopy(critics), "log_alpha": nn.ParameterList([torch.tensor(0.0)])}
+    nets["log_weight"] = nn.ParameterList([torch.tensor(1.0)])  # of --lagrange, which starts at e
+    nets = {name: net.to(device) for name, net in nets.items()}
+    rates = {"actor": args.policy_lr, "log_alpha": args.policy_lr}
+    rates |= {"critics": args.critic_lr, "log_weight": args.critic_lr}
+    optimizers = {name: Adam(nets[name].parameters(), rate) for name, rate in rates.items()}
+    run.restore(nets, optimizers, torch.Generator(device).manual_seed(args.seed))
+    update = compile_update(make_update(args, nets, optimizers, data.split), args)
+    envs, shape = [data.make_env() for _ in range(args.eval_episodes)], (3 * args.cql_actions + 1, args.batch_size)
+    score = partial(score_policy, args, run, data, envs)
+    train_offline(args, run, "offline", args.updates, update, data.rows, (*shape, data.act_dim), score)
+    finish(args, run, data, envs, policy={"kind": KIND, "hidden": hidden})
+
+
+ALGORITHM, KIND = "cql", "squashed_gaussian"  # this script, and its policy class
+RANGES = {
+    (0, 1): "gamma tau policy_lr critic_lr",
+    (0, 10**9): "seed updates cql_alpha target_gap",
+    (1, 10**9): "eval_every_updates eval_episodes batch_size cql_actions",
+    (1, 1024): "num_threads critic_layers",
+    (1e-9, 10**9): "cql_temperature",
+    (-(10**9), 10**9): "clip_gap",
 }
-TASKS = [f"{env}-{q}-v2" for env in ENVS for q in ("random", "medium", "medium-replay", "medium-expert", "expert")]
+RESUMABLE = "updates compile num_threads track wandb_project_name wandb_entity"
+PRIVATE = "stage step"  # of a run's progress, not in summary.json
 
 
-def parse_task(env_id):
-    """`hopper-medium-v2` -> (`hopper`, `medium`). Raises UserError for a name that is not in TASKS."""
-    if env_id not in TASKS:
-        near = difflib.get_close_matches(env_id, TASKS, n=len(TASKS), cutoff=0.0)
-        raise UserError(f"unknown task '{env_id}'; known tasks, nearest first: {', '.join(near)}")
-    name, quality = env_id.removesuffix("-v2").split("-", 1)
-    return name, quality
+def mlp(net, x, bf16):
+    """A network's output, with `bf16` all products in bf16 but the last: bf16 can't tell a Q of 250 from one of 251."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        x = net[:-1](x)
+    return net[-1](x.float())
 
 
-def normalized_score(env_id, returns):
-    """100 * (return - random) / (expert - random), D4RL's points; `returns` a number or an array."""
-    _, low, high = ENVS[parse_task(env_id)[0]]
-    return 100 * (returns - low) / (high - low)
-
-
-# end shared
-
-
-# shared: dataset
-class Dataset(NamedTuple):
-    """An offline dataset in memory: N transitions of whole episodes. Time limits are not terminations."""
-
-    name: str
-    rows: torch.Tensor  # (N, 2 O + A + 2) float32: observation, action, reward, next observation, terminated
-    episode: torch.Tensor  # (N,) index of the episode of each row
-    returns: np.ndarray  # (E,) undiscounted return of each episode
-    obs_dim: int
-    act_dim: int
-    make_env: Callable[..., gym.Env]  # the environment the data belong to
-
-
-def split(rows, obs_dim, act_dim):
-    """(B, 2 O + A + 2) rows -> obs (B, O), action (B, A), reward (B,), next_obs (B, O), terminated (B,)."""
-    obs, action, reward, next_obs, terminated = rows.split([obs_dim, act_dim, 1, obs_dim, 1], dim=-1)
-    return obs, action, reward.squeeze(-1), next_obs, terminated.squeeze(-1)
-
-
-def read_minari(dataset_id, download):
-    """-> episodes [(observations (T+1, O), actions (T, A), rewards (T,), terminations (T,))] and make_env."""
-    try:
-        data = minari.load_dataset(dataset_id, download=download)
-        episodes = [(e.observations, e.actions, e.rewards, e.terminations) for e in data.iterate_episodes()]
-    except Exception as error:  # whatever the store or the network raises, the user has to look at the dataset
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"cannot read the Minari dataset '{dataset_id}' ({reason}); see `minari list local`") from error
-    return episodes, data.recover_environment
-
-
-def read_d4rl(path, gym_id):
-    """The same from a file in D4RL's layout, which has no next state where an episode ends by time limit: that last
-    step is dropped. D4RL collected on the environments that gymnasium calls v4."""
-    try:
-        with h5py.File(path) as file:
-            obs, actions, rewards, ends = (file[key][()] for key in ("observations", "actions", "rewards", "terminals"))
-            limits = file["timeouts"][()] if "timeouts" in file else np.zeros(len(ends))
-    except (OSError, KeyError) as error:
-        raise UserError(f"{path} is not a complete HDF5 file in D4RL's layout ({error})") from error
-    if not len(obs) == len(actions) == len(rewards) == len(ends) == len(limits):
-        raise UserError(f"{path}: observations, actions, rewards, terminals and timeouts differ in length")
-    ends, episodes, start = ends.astype(bool), [], 0
-    for last in np.flatnonzero(ends | limits.astype(bool) | (np.arange(len(ends)) == len(ends) - 1)):
-        if ends[last]:  # the state after a terminal is never used, so any will do
-            observations, stop = np.concatenate([obs[start : last + 1], obs[last : last + 1]]), last + 1
-        else:
-            observations, stop = obs[start : last + 1], last
-        if stop > start:
-            episodes.append((observations, actions[start:stop], rewards[start:stop], ends[start:stop]))
-        start = last + 1
-    return episodes, lambda **kwargs: gym.make(gym_id.replace("-v5", "-v4"), **kwargs)
-
-
-def load_dataset(env_id, dataset=None):
-    """`dataset`: a Minari id or a path to a D4RL .hdf5 file; None: the local Minari dataset o2o/<env_id>, which
-    offline/collect.py makes if it does not exist. Only an explicit Minari id may touch the network.
-    Raises UserError if there is no such dataset or if it does not fit the task."""
-    gym_id, low, high = ENVS[parse_task(env_id)[0]]
-    name = dataset or f"o2o/{env_id}"
-    if name.endswith((".hdf5", ".h5")):
-        episodes, make_env = read_d4rl(name, gym_id)
-    else:
-        if not dataset and not get_dataset_path(name).exists():
-            here = Path(__file__).resolve().parent
-            collect = next((p for p in (here / "offline/collect.py", here / "collect.py") if p.exists()), None)
-            if collect is None:
-                raise UserError(f"no dataset {name} here; make it with offline/collect.py or name one with --dataset")
-            print(f"{name} does not exist yet, making it with {collect.name}", flush=True)
-            if subprocess.run([sys.executable, collect, "--env-id", env_id]).returncode:
-                raise UserError(f"{collect} could not make {name}, for the reason above")
-        episodes, make_env = read_minari(name, download=dataset is not None)
-    if not episodes:
-        raise UserError(f"{name} is empty")
-    try:
-        env = make_env()
-    except (ValueError, ImportError, gym.error.Error) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{name} names no environment that can be made here ({reason}); see README, Data") from error
-    if env.spec is None or env.spec.id.split("-v")[0] != gym_id.split("-v")[0]:
-        raise UserError(f"{name} belongs to {env.spec and env.spec.id}, {env_id} needs {gym_id.split('-v')[0]}")
-    box = env.action_space
-    if not hasattr(env.unwrapped, "model") or not ((box.low == -1).all() and (box.high == 1).all()):
-        raise UserError(f"{env.spec.id} is not a MuJoCo environment with actions in [-1, 1]; see README, Data")
-    obs_dim, act_dim = env.observation_space.shape[0], box.shape[0]
-    for observations, actions, rewards, _ in episodes:
-        shapes = np.shape(observations)[1:], np.shape(actions)[1:]
-        if shapes != ((obs_dim,), (act_dim,)):
-            expected = (obs_dim,), (act_dim,)
-            raise UserError(f"{name} has observations and actions of shapes {shapes}, {env.spec.id} {expected}")
-        if not all(np.isfinite(x).all() for x in (observations, actions, rewards)):
-            raise UserError(f"{name} holds NaN or infinite numbers; remove those episodes first")
-    blocks = [np.concatenate([o[:-1], a, r[:, None], o[1:], d[:, None]], axis=1) for o, a, r, d in episodes]
-    rows = torch.from_numpy(np.concatenate(blocks, dtype=np.float32))
-    episode = torch.arange(len(blocks)).repeat_interleave(torch.tensor([len(block) for block in blocks]))
-    returns = np.array([rewards.sum() for _, _, rewards, _ in episodes])
-    print(
-        f"dataset {name}: {len(rows)} transitions, {len(blocks)} episodes, mean return {returns.mean():.0f} "
-        f"(score {normalized_score(env_id, returns.mean()):.1f}), environment {env.spec.id}, "
-        f"0 points at a return of {low:.0f}, 100 at {high:.0f}",
-        flush=True,
-    )
-    return Dataset(name, rows, episode, returns, obs_dim, act_dim, make_env)
-
-
-# end shared
-
-
-# shared: squashed_gaussian
 class SquashedGaussianActor(nn.Module):
     """a = tanh(u), u ~ N(mean(s), std(s)^2): SAC's policy. `noise` is standard normal and given from outside, so that
     a compiled and an eager update see the same numbers."""
 
-    def __init__(self, obs_mean, obs_std, act_dim, hidden):
+    def __init__(self, obs_mean, obs_std, act_dim, hidden, bf16=False):
         super().__init__()
         self.register_buffer("obs_mean", obs_mean.clone())
         self.register_buffer("obs_std", obs_std.clone())
         sizes = [len(obs_mean), *hidden]
         layers = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], 2 * act_dim))
+        self.net, self.bf16 = nn.Sequential(*layers, nn.Linear(sizes[-1], 2 * act_dim)), bf16
         nn.init.xavier_uniform_(self.net[-1].weight, gain=0.01)
         nn.init.zeros_(self.net[-1].bias)
 
     def forward(self, obs):
         """(B, O) raw observations -> mean (B, A) and log_std (B, A) of u."""
-        mean, log_std = self.net((obs - self.obs_mean) / self.obs_std).chunk(2, dim=-1)
+        mean, log_std = mlp(self.net, (obs - self.obs_mean) / self.obs_std, self.bf16).chunk(2, dim=-1)
         return mean, (log_std - 1).clamp(-20, 2)
 
     def sample(self, obs, noise):
@@ -264,104 +255,81 @@ def squashed_log_prob(mean, log_std, u):
     return (normal - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)
 
 
-# end shared
-
-
-# shared: critics
-def stacked_matmul(x, weight, bf16):
-    """(n, B, I) @ (n, I, O) -> (n, B, O) float32. With `bf16` from rounded inputs and through a rounded result, which
-    halves the memory traffic too."""
-    return torch.bmm(x.bfloat16(), weight.bfloat16()).float() if bf16 else torch.bmm(x, weight)
-
-
 class StackedLinear(nn.Module):
-    """n linear layers in one batched matmul: (n, B, inputs) -> (n, B, outputs), orthogonal weights of gain 1."""
+    """n linear layers in one batched matmul, (n, B, inputs) -> (n, B, outputs), and layer normalisation after them.
+    Of k < n inputs, the first k layers' outputs."""
 
-    def __init__(self, n, inputs, outputs, bf16):
+    def __init__(self, n, inputs, outputs, layer_norm=False):
         super().__init__()
         self.weight = nn.Parameter(torch.stack([nn.init.orthogonal_(torch.empty(inputs, outputs)) for _ in range(n)]))
         self.bias = nn.Parameter(torch.zeros(n, 1, outputs))
-        self.bf16 = bf16
+        if layer_norm:
+            self.scale, self.shift = nn.Parameter(torch.ones(n, 1, outputs)), nn.Parameter(torch.zeros(n, 1, outputs))
+        self.layer_norm = layer_norm
 
     def forward(self, x):
-        if self.weight.shape[-1] == 1:  # the output stays exact: bf16 can't tell a Q of 250 from one of 251
-            return (x * self.weight.transpose(1, 2)).sum(-1, keepdim=True) + self.bias
-        return stacked_matmul(x, self.weight, self.bf16) + self.bias
-
-
-class StackedLayerNorm(nn.Module):
-    """Layer normalisation of (n, B, width), with a scale and a shift for each of the n networks."""
-
-    def __init__(self, n, width):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(n, 1, width))
-        self.bias = nn.Parameter(torch.zeros(n, 1, width))
-
-    def forward(self, x):
-        return F.layer_norm(x, x.shape[-1:]) * self.weight + self.bias
+        k = len(x)
+        x = torch.bmm(x, self.weight[:k]).float() + self.bias[:k]
+        return F.layer_norm(x, x.shape[-1:]) * self.scale[:k] + self.shift[:k] if self.layer_norm else x
 
 
 class Critics(nn.Module):
-    """n Q-functions side by side: raw observations (B, O) and actions (B, A) -> Q of shape (n, B)."""
+    """n Q-functions side by side: raw observations (B, O) and actions (B, A) -> Q (n, B), or the first k."""
 
     def __init__(self, obs_mean, obs_std, act_dim, hidden, n=2, layer_norm=False, bf16=False):
         super().__init__()
         self.register_buffer("obs_mean", obs_mean.clone())
         self.register_buffer("obs_std", obs_std.clone())
-        sizes, layers, self.n = [len(obs_mean) + act_dim, *hidden], [], n
-        for inputs, outputs in pairwise(sizes):
-            norm = [StackedLayerNorm(n, outputs)] if layer_norm else []
-            layers += [StackedLinear(n, inputs, outputs, bf16), *norm, nn.ReLU()]
-        self.net = nn.Sequential(*layers, StackedLinear(n, sizes[-1], 1, bf16))
+        sizes, self.n, self.bf16 = [len(obs_mean) + act_dim, *hidden], n, bf16
+        layers = [m for i, o in pairwise(sizes) for m in (StackedLinear(n, i, o, layer_norm), nn.ReLU())]
+        self.net = nn.Sequential(*layers, StackedLinear(n, sizes[-1], 1))
 
-    def forward(self, obs, action):
+    def forward(self, obs, action, k=None):
         x = torch.cat([(obs - self.obs_mean) / self.obs_std, action], dim=-1)
-        return self.net(x.expand(self.n, *x.shape)).squeeze(-1)
+        return mlp(self.net, x.expand(k or self.n, *x.shape), self.bf16).squeeze(-1)
 
 
-# end shared
+class CqlCritics(Critics):
+    """Critics that also score K actions a state; the observations' part of the first layer is computed once."""
 
-
-# shared: update_tools
-class Scalar(nn.Module):
-    """One learned number, with the state_dict that a network has."""
-
-    def __init__(self, value):
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor(float(value)))
+    def many(self, obs, actions):
+        """obs (B, O), actions (B, K, A) -> Q (n, B, K)."""
+        (batch, k, act_dim), first = actions.shape, self.net[0]
+        obs = ((obs - self.obs_mean) / self.obs_std).expand(self.n, -1, -1)
+        actions = actions.reshape(1, batch * k, act_dim).expand(self.n, -1, -1)
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
+            h = torch.bmm(obs, first.weight[:, :-act_dim]).float() + first.bias
+            h = h.unsqueeze(2) + torch.bmm(actions, first.weight[:, -act_dim:]).view(self.n, batch, k, -1)
+        return mlp(self.net[1:], h.flatten(1, 2), self.bf16).view(self.n, batch, k)
 
 
 class Adam:
-    """torch.optim.Adam (betas 0.9 and 0.999) as plain tensor operations: torch.optim's own step breaks the compiled
-    update into pieces, which costs a quarter of its speed."""
+    """torch's Adam as a function of gradients, which stays inside the compiled update: torch.optim's own step breaks
+    it into pieces and costs a third of its speed. max_norm: longer gradients are shortened to it."""
 
     def __init__(self, params, lr, eps=1e-8, max_norm=None):
         self.params, self.lr, self.eps, self.max_norm = list(params), lr, eps, max_norm
-        self.steps = torch.zeros((), device=self.params[0].device)
-        self.mean = [torch.zeros_like(p) for p in self.params]
-        self.square = [torch.zeros_like(p) for p in self.params]
-        for tensor in (self.steps, *self.mean, *self.square):
+        self.means, self.squares = ([torch.zeros_like(p) for p in self.params] for _ in range(2))
+        self.steps = [torch.zeros((), device=p.device) for p in self.params]
+        for tensor in (*self.means, *self.squares, *self.steps):
             torch._dynamo.mark_static_address(tensor)  # CUDA graphs refuse to change other tensors in place
 
     def minimize(self, loss, scale=1.0):
         """One step on a scalar loss, at `scale` times the learning rate. Only this optimiser's parameters get
         gradients, so the critics' weights stay out of the actor's graph. autograd.grad and not loss.backward(): the
         latter does nothing inside torch.compile."""
-        grads = torch.autograd.grad(loss, self.params)
+        grads, compiling = list(torch.autograd.grad(loss, self.params)), torch.compiler.is_compiling()
+        options = {"foreach": True, "capturable": compiling, "maximize": False, "amsgrad": False, "weight_decay": 0.0}
+        options |= {"lr": self.lr * scale if compiling else float(self.lr * scale), "eps": self.eps}
+        options |= {"beta1": 0.9, "beta2": 0.999}
         with torch.no_grad():
             if self.max_norm is not None:
                 norm = torch.stack(torch._foreach_norm(grads)).norm()
                 grads = torch._foreach_mul(grads, (self.max_norm / (norm + 1e-6)).clamp(max=1.0))
-            self.steps += 1
-            torch._foreach_lerp_(self.mean, grads, 0.1)
-            torch._foreach_mul_(self.square, 0.999)
-            torch._foreach_addcmul_(self.square, grads, grads, 0.001)
-            root = torch._foreach_div(torch._foreach_sqrt(self.square), (1 - 0.999**self.steps).sqrt())
-            step = torch._foreach_div(self.mean, torch._foreach_add(root, self.eps))
-            torch._foreach_sub_(self.params, torch._foreach_mul(step, self.lr * scale / (1 - 0.9**self.steps)))
+            adam(self.params, grads, self.means, self.squares, [], self.steps, **options)
 
     def state_dict(self):
-        return {"state": [self.steps, *self.mean, *self.square]}
+        return {"state": [*self.steps, *self.means, *self.squares]}
 
     def load_state_dict(self, saved):
         for mine, value in zip(self.state_dict()["state"], saved["state"], strict=True):
@@ -374,135 +342,127 @@ def polyak(target, source, tau):
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
 
 
-@cache
-def can_compile():
-    """Is there a C++ compiler? Says so once if not."""
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        print("no C++ compiler found: updates run uncompiled, about a third slower", file=sys.stderr)
-        return False
-    torch._dynamo.config.trace_autograd_ops = True  # lets torch.autograd.grad stay inside the graph
-    return True
+def numbers(**values):
+    return {key: value.detach() for key, value in values.items()}
 
 
-def compile_update(update, enabled, device):
-    """The whole update as one graph (CUDA graphs on a GPU); with `enabled` False the same function as it stands."""
-    if not (enabled and can_compile()):
+def compile_update(update, args):
+    """The whole update as one graph (CUDA graphs on a GPU); with --no-compile, or no compiler, the function itself."""
+    if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        print("no C++ compiler found: the update runs uncompiled, about a third slower", file=sys.stderr)
         return update
-    mode = "reduce-overhead" if torch.device(device).type == "cuda" else "default"
-    return torch.compile(update, mode=mode, fullgraph=True)
+    torch._dynamo.config.trace_autograd_ops = True  # lets torch.autograd.grad stay inside the graph
+    mode = "reduce-overhead" if args.cuda else "default"
+    return torch.compile(update, mode=mode, fullgraph=True) if args.compile else update
 
 
-# end shared
+class UserError(Exception):
+    """Something the user can put right: `run_cli` prints it as one sentence and exits with code 2."""
 
 
-class CqlCritics(Critics):
-    """Critics that also score K actions a state; the observations' part of the first layer is computed once."""
+class Data(NamedTuple):
+    """A flat Minari dataset in memory: N transitions of whole episodes. Time limits are not terminations."""
 
-    def many(self, obs, actions):
-        """obs (B, O), actions (B, K, A) -> Q (n, B, K)."""
-        (batch, k, act_dim), first = actions.shape, self.net[0]
-        obs = ((obs - self.obs_mean) / self.obs_std).expand(self.n, -1, -1)
-        actions = actions.reshape(1, batch * k, act_dim).expand(self.n, -1, -1)
-        h = torch.baddbmm(first.bias, obs, first.weight[:, :-act_dim]).unsqueeze(2)
-        h = h + stacked_matmul(actions, first.weight[:, -act_dim:], first.bf16).view(self.n, batch, k, -1)
-        return self.net[1:](h.flatten(1, 2)).view(self.n, batch, k)
+    name: str
+    rows: torch.Tensor  # (N, 2 O + A + 2) float32: observation, action, reward, next observation, terminated
+    last: torch.Tensor  # (N,) is this transition the last one of its episode?
+    obs_dim: int
+    act_dim: int
+    references: tuple[float, float]  # returns that make 0 and 100 points
+    source: minari.MinariDataset
 
+    def make_env(self):
+        return self.source.recover_environment()
 
-def conservative_gap(q_candidates, log_density, q_data, temperature, clip=None):
-    """How far the critics rank the policy's actions above the data's, CQL(H) with importance weights (Eq. 4, App. F):
+    def split(self, rows):
+        """-> obs (B, O), action (B, A), reward (B,), next_obs (B, O), terminated (B,)."""
+        obs, action, reward, next_obs, end = rows.split([self.obs_dim, self.act_dim, 1, self.obs_dim, 1], dim=-1)
+        return obs, action, reward.squeeze(-1), next_obs, end.squeeze(-1)
 
-        T logsumexp_k( (Q(s, a_k) - log p(a_k)) / T ) - Q(s, a)
+    def to_tensor(self, array):
+        return torch.as_tensor(array, dtype=torch.float32, device=self.rows.device)
 
-    q_candidates (n, B, K): return. log_density (B, K): nats, of the distribution that a_k was drawn from.
-    q_data (n, B): Q of the action in the data. -> (n, B), clipped below at `clip`."""
-    gap = temperature * torch.logsumexp((q_candidates - log_density) / temperature, dim=-1) - q_data
-    return gap if clip is None else gap.clamp(min=clip)
-
-
-def td_target(reward, terminated, next_q, gamma):
-    """y = r + gamma (1 - d) max_k min_j Q_j(s', a'_k), no entropy in the backup. next_q (n, B, K); -> (B,)."""
-    return reward + gamma * (1 - terminated) * next_q.amin(0).amax(-1)
-
-
-def make_update(args, nets, obs_dim, act_dim):
-    """-> the optimisers, and update(rows (B, 2 O + A + 2), noise (3 K + 1, B, A)), which changes `nets` in place."""
-    actor, critics, targets = nets["actor"], nets["critics"], nets["targets"]
-    optimizers = {
-        "actor": Adam(actor.parameters(), args.policy_lr),
-        "critics": Adam(critics.parameters(), args.critic_lr),
-        "log_alpha": Adam(nets["log_alpha"].parameters(), args.critic_lr),
-        "log_weight": Adam(nets["log_weight"].parameters(), args.critic_lr),
-    }
-    k = args.cql_actions
-
-    def draw(obs, noise):
-        """K actions of the policy: obs (B, O), noise (K, B, A) -> actions (B, K, A), log_prob (B, K)."""
-        mean, log_std = actor(obs)
-        u = mean + log_std.exp() * noise
-        log_prob = squashed_log_prob(mean, log_std, u)
-        return torch.tanh(u).transpose(0, 1), log_prob.transpose(0, 1)
-
-    def update(rows, noise):
-        obs, action, reward, next_obs, terminated = split(rows, obs_dim, act_dim)
-        log_alpha, log_weight = nets["log_alpha"].weight, nets["log_weight"].weight
-        with torch.no_grad():
-            next_actions, next_log_prob = draw(next_obs, noise[:k])
-            actions, log_prob = draw(obs, noise[k : 2 * k])
-            uniform = torch.erf(noise[2 * k : 3 * k] / math.sqrt(2)).transpose(0, 1)  # of normal noise: U[-1, 1]
-            candidates = torch.cat([uniform, actions, next_actions], dim=1)
-            uniform_density = torch.full_like(log_prob, -act_dim * math.log(2))
-            log_density = torch.cat([uniform_density, log_prob, next_log_prob], dim=1)
-            backups = next_actions if args.max_backup else next_actions[:, :1]
-            target = td_target(reward, terminated, targets.many(next_obs, backups), args.gamma)
-        q = critics(obs, action)
-        td_loss = ((q - target) ** 2).mean(-1).sum()
-        q_candidates = critics.many(obs, candidates)
-        gap = conservative_gap(q_candidates, log_density, q, args.cql_temperature, args.clip_gap).mean(-1)
-        weight = torch.ones_like(log_weight)
-        if args.lagrange:
-            weight = log_weight.detach().exp().clamp(max=1e6)
-            gap = gap - args.target_gap
-            optimizers["log_weight"].minimize(-log_weight.exp() * args.cql_alpha * gap.detach().mean())
-        critic_loss = td_loss + weight * args.cql_alpha * gap.sum()
-        optimizers["critics"].minimize(critic_loss)
-
-        alpha = log_alpha.detach().exp()
-        new_action, new_log_prob, _ = actor.sample(obs, noise[3 * k])
-        actor_loss = (alpha * new_log_prob - critics(obs, new_action).amin(0)).mean()
-        optimizers["actor"].minimize(actor_loss)
-        entropy = -new_log_prob.detach().mean()
-        optimizers["log_alpha"].minimize(log_alpha * (entropy + act_dim))  # target entropy: -A nats
-        polyak(targets, critics, args.tau)
-        values = {"critic_loss": critic_loss, "gap": gap.mean(), "cql_weight": weight * args.cql_alpha}
-        values |= {"q_mean": q.mean(), "actor_loss": actor_loss, "entropy": entropy, "alpha": alpha}
-        return {key: value.detach() for key, value in values.items()}
-
-    return optimizers, update
+    def score(self, mean_return):
+        """100 * (return - low) / (high - low), D4RL's points."""
+        low, high = self.references
+        return 100 * (float(mean_return) - low) / (high - low)
 
 
-# shared: evaluate
+def check_spec(spec, name):
+    """Making an environment runs code, and a dataset says which: nothing is made but what gymnasium's registry holds,
+    under wrappers of gymnasium that touch no file. `spec`: the dataset's own JSON. Raises UserError."""
+    harmless = "FilterObservation FlattenObservation RescaleAction RescaleObservation ClipAction TimeLimit".split()
+    try:
+        spec, places = json.loads(spec), {f"{getattr(gym.wrappers, w).__module__}:{w}" for w in harmless}
+        good = {wrapper["entry_point"] for wrapper in spec["additional_wrappers"]} <= places
+        good &= gym.registry[spec["id"]].entry_point == spec["entry_point"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{name} names no environment that gymnasium knows ({error!r}); none was made") from error
+    if not good:
+        raise UserError(f"{name} names {spec['id']} with code or wrappers that are not gymnasium's; none was made")
+
+
+def load_data(args, device):
+    """args.dataset, or the local o2o/<env_id>, which offline/collect.py makes if it is missing. Raises UserError if
+    there is no such dataset, or if it is not flat, not finite, or of no environment here."""
+    name, here = args.dataset or f"o2o/{args.env_id}", Path(__file__).resolve().parent
+    folder, scripts = Path(get_dataset_path(name)), [here / "offline/collect.py", here / "collect.py"]
+    if not folder.exists() and not args.dataset:
+        script = next((path for path in scripts if path.exists()), None)
+        print(f"there is no dataset {name} yet; it is made by {script or 'offline/collect.py'}", flush=True)
+        if script is None or subprocess.run([sys.executable, script, "--env-id", args.env_id]).returncode:
+            raise UserError(f"no dataset {name}; make it with offline/collect.py, or name one with --dataset")
+    try:
+        if not folder.exists():
+            minari.download_dataset(name)
+        check_spec(json.loads((folder / "data/metadata.json").read_text()).get("env_spec"), name)
+        source = minari.load_dataset(name)
+        env, episodes = source.recover_environment(), list(source.iterate_episodes())
+        (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
+        columns = [(e.observations[:-1], e.actions, e.rewards, e.observations[1:], e.terminations) for e in episodes]
+        rows = np.concatenate([np.column_stack(episode) for episode in columns]).astype(np.float32)
+        last = np.concatenate([np.arange(len(e.rewards)) == len(e.rewards) - 1 for e in episodes])
+        points = [source.storage.metadata.get(key) for key in ("ref_min_score", "ref_max_score")]
+        low, high = (0.0, 100.0) if None in points else map(float, points)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the store, the network or the simulator raises
+        reason = f"({' '.join(str(error).split()) or type(error).__name__})"
+        raise UserError(f"cannot use the dataset {name} {reason}; `minari list local` shows what there is") from error
+    boxed = (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
+    if not (boxed and rows.shape[1] == 2 * obs_dim + act_dim + 2 and np.isfinite(rows).all() and low < high):
+        raise UserError(f"{name} is not flat, finite and with actions in [-1, 1]; offline/convert.py makes such data")
+    data = Data(name, *(torch.from_numpy(x).to(device) for x in (rows, last)), obs_dim, act_dim, (low, high), source)
+    score = f"score {data.score(np.mean([e.rewards.sum() for e in episodes])):.1f}"
+    scale = "the return, for lack of references" if None in points else f"0 at a return of {low:.0f}, 100 at {high:.0f}"
+    print(f"dataset {name}: {len(rows)} transitions, {score} ({scale}), environment {env.spec.id}", flush=True)
+    return data
+
+
+def observation_stats(data):
+    """-> mean and std + 1e-3 of the data's observations, (O,) each; they travel in the checkpoint."""
+    obs = data.split(data.rows)[0].cpu()
+    return obs.mean(0), obs.std(0) + 1e-3
+
+
 @torch.no_grad()
 def evaluate(policy, envs, seed, device, gamma=1.0, alpha=0.0):
-    """One episode in each of `envs`, all at once; `policy` maps obs (n, O) and noise (n, A) to actions (n, A) and their
-    log_prob (n,). Start states and noise come from `seed` alone: no random number of training is drawn. -> mean return,
-    mean of sum gamma^t (r - alpha log_prob), and the environment steps of all episodes together."""
-    generator = torch.Generator().manual_seed(seed)
+    """One episode in each of the n `envs`, all at once; `policy` maps obs (n, O) and noise (n, A) to actions (n, A) and
+    their log_prob (n,). Start states and noise come from `seed` alone: no random number of training is drawn.
+    -> returns (n,), sums of gamma^t (r - alpha log_prob) (n,), and the environment steps of all episodes together."""
+    generator, alive, steps, discount = torch.Generator().manual_seed(seed), np.arange(len(envs)), 0, 1.0
     obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
-    returns, discounted, alive, steps, discount = np.zeros(len(envs)), np.zeros(len(envs)), np.arange(len(envs)), 0, 1.0
+    returns, discounted = np.zeros(len(envs)), np.zeros(len(envs))
     while len(alive):
-        noise = torch.randn(len(envs), envs[0].action_space.shape[0], generator=generator)[alive].to(device)
+        noise = torch.randn(len(envs), *envs[0].action_space.shape, generator=generator)[alive].to(device)
         actions, log_prob = policy(torch.as_tensor(obs[alive], dtype=torch.float32, device=device), noise)
-        actions, bonus = actions.cpu().numpy(), -alpha * log_prob.cpu().numpy()
-        running = np.ones(len(alive), dtype=bool)
-        for k, i in enumerate(alive):
-            obs[i], reward, terminated, truncated, _ = envs[i].step(actions[k])
-            returns[i] += reward
-            discounted[i] += discount * (reward + bonus[k])
-            running[k] = not (terminated or truncated)
-        steps, alive, discount = steps + len(alive), alive[running], discount * gamma
-    return returns.mean(), discounted.mean(), steps
+        actions, bonus, over = actions.cpu().numpy(), -alpha * log_prob.cpu().numpy(), []
+        for i, action, extra in zip(alive, actions, bonus, strict=True):
+            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
+            returns[i], discounted[i] = returns[i] + reward, discounted[i] + discount * (reward + extra)
+            over += [i] if terminated or truncated else []
+        steps, alive, discount = steps + len(alive), np.setdiff1d(alive, over), discount * gamma
+    return returns, discounted, steps
 
 
 def mode_of(policy):
@@ -510,129 +470,190 @@ def mode_of(policy):
     return lambda obs, noise: (policy.mode(obs), torch.zeros(len(obs)))
 
 
-# end shared
+def score_policy(args, run, data, envs):
+    """-> {"score"} of the policy's mode, from the same start states in every evaluation of a run."""
+    seed = 100_000_000 + 1_000_000 * args.seed
+    return {"score": data.score(evaluate(mode_of(run.nets["actor"]), envs, seed, data.rows.device)[0].mean())}
 
 
-# shared: files
+def closing_score(args, policy, data, envs):
+    """The score over 50 episodes or a few more, from start states that no evaluation has seen."""
+    seeds = range(200_000_000 + 1_000_000 * args.seed, 10**12, len(envs))[: -(-50 // len(envs))]
+    return data.score(np.mean([evaluate(mode_of(policy), envs, seed, data.rows.device)[0] for seed in seeds]))
+
+
+def finish(args, run, data, envs, **more):
+    """The closing score, and the checkpoint that fine-tuning loads: plain tensors, numbers and strings; `more` of it
+    than the policy."""
+    score, actor = closing_score(args, run.nets["actor"], data, envs), run.nets["actor"]
+    run.progress["closing_score"] = score
+    origin = {"format": 1, "algorithm": ALGORITHM, "env_id": args.env_id, "dataset": data.name}
+    weights = {"actor": {key: value.cpu() for key, value in actor.state_dict().items()}}
+    flags = {key: value for key, value in asdict(args).items() if key not in ("output", "run_dir", "resume")}
+    numbers = {"step": args.updates, "score": score, "args": flags, "versions": versions()}
+    save_file({**origin, **weights, **more, **numbers}, Path(args.output))
+
+
 def save_file(payload, path):
-    """torch.save that never leaves half a file: written beside `path`, then renamed. Raises UserError if it fails."""
+    """Writes text, or with torch.save anything else, and never leaves half a file. Raises UserError if it fails."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(payload, temporary)
+        temporary.write_text(payload) if isinstance(payload, str) else torch.save(payload, temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
         temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path} ({error}); the previous file, if any, is unchanged") from error
 
 
-def write_json(payload, path):
-    """Never leaves half a file either."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(payload, indent=1))
-    os.replace(temporary, path)
-
-
-def load_file(path, device):
-    """torch.load of tensors, numbers and strings only. Raises UserError if the file is missing or broken."""
+def load_file(path):
+    """torch.load of tensors, numbers and strings, so no code. Raises UserError if the file is missing or broken."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is incomplete or no checkpoint of ours ({type(error).__name__})") from error
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # a damaged zip or pickle raises nearly anything
+        reason = type(error).__name__ if Path(path).exists() else "there is no such file"
+        raise UserError(f"{path} is missing, incomplete or no checkpoint of ours ({reason})") from error
 
 
 def versions():
     """Of the packages that decide what a run computes."""
-    return {m.__name__: str(m.__version__) for m in (torch, np, gym, mujoco, minari)}
+    return {name: version(name) for name in ("torch", "numpy", "gymnasium", "mujoco", "minari")}
 
 
-# end shared
-
-
-# shared: run_folder
 class Run:
-    """The run folder and everything that makes a run resumable. `progress` holds plain numbers, strings and lists."""
+    """The run folder: args.json, metrics.jsonl and TensorBoard events, summary.json, and resume.pt, which holds
+    everything that the next update depends on. `progress` are plain numbers, strings and lists. Nothing is written
+    before `restore`, when all that can be refused has been."""
 
-    def __init__(self, args, algorithm, progress):
+    def __init__(self, args, progress):
         default = f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.dir, saved = Path(args.resume or args.run_dir or default), None
-        if args.resume and (self.dir / "resume.pt").exists():
-            saved = load_file(self.dir / "resume.pt", "cpu")
-        elif not args.resume and (self.dir / "args.json").exists():
+        self.args, self.dir = args, Path(args.resume or args.run_dir or default)
+        if not args.resume and (self.dir / "args.json").exists():
             raise UserError(f"{self.dir} holds a run already; continue it with --resume or name another --run-dir")
-        self.dir.mkdir(parents=True, exist_ok=True)
-        write_json({"algorithm": algorithm, **asdict(args)}, self.dir / "args.json")
-        self.metrics = open(self.dir / "metrics.jsonl", "a")
-        self.metrics.truncate(saved["metrics_bytes"] if saved else 0)  # rows after resume.pt will be written again
-        self.progress, self.saved = saved["progress"] if saved else progress, saved
-        self.started = time.time() - (saved["seconds"] if saved else 0)
-        self.nets, self.optimizers, self.generator = {}, {}, None
-        self.board, self.wandb = SummaryWriter(self.dir / "tensorboard"), None
-        if args.track:
-            import wandb
-
-            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": self.dir.name}
-            self.wandb = wandb.init(**names, config=asdict(args))
+        begun = args.resume and (self.dir / "resume.pt").exists()
+        self.saved = {"metrics": [], "seconds": 0.0} | (load_file(self.dir / "resume.pt") if begun else {})
+        self.progress, self.metrics = progress | self.saved.get("progress", {}), self.saved["metrics"]
+        self.started, self.writing = time.time() - self.saved["seconds"], False
 
     def restore(self, nets, optimizers, generator):
-        """Names what resume.pt holds, and loads it when this run continues one."""
+        """Names what resume.pt holds, loads it when this run continues one, and begins to write."""
         self.nets, self.optimizers, self.generator = nets, optimizers, generator
-        if self.saved:
-            for kind, parts in (("nets", nets), ("optimizers", optimizers)):
-                for key, part in parts.items():
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.dir / "lock", "a")  # the operating system lets go of it when the process ends
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for kind, parts in {"nets": nets, "optimizers": optimizers}.items():
+                for key, part in parts.items() if kind in self.saved else ():
                     part.load_state_dict(self.saved[kind][key])
-            generator.set_state(self.saved["generator"])
+            generator.set_state(self.saved.get("generator", generator.get_state()))
+        except BlockingIOError as error:
+            raise UserError(f"another process writes to {self.dir}; wait for it, or name another --run-dir") from error
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(f"{self.dir}/resume.pt does not fit this run ({type(error).__name__})") from error
+        save_file(json.dumps({"algorithm": ALGORITHM, **asdict(self.args)}, indent=1), self.dir / "args.json")
+        save_file("".join(self.metrics), self.dir / "metrics.jsonl")  # rows after resume.pt will be written again
+        if self.args.track:
+            import wandb
+
+            names = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity, "name": self.dir.name}
+            wandb.init(**names, config=asdict(self.args), sync_tensorboard=True)
+        self.board, self.writing = SummaryWriter(self.dir / "tensorboard"), True
+        self.summarize("running")
 
     def save(self, **extra):
         """Writes resume.pt. `extra`: what the current stage needs beyond networks, optimisers and progress."""
         parts = {"nets": self.nets, "optimizers": self.optimizers}
         state = {kind: {key: part.state_dict() for key, part in parts[kind].items()} for kind in parts}
-        state |= {"generator": self.generator.get_state(), "progress": self.progress, **extra}
-        position = {"metrics_bytes": self.metrics.tell(), "seconds": time.time() - self.started}
-        save_file({**state, **position}, self.dir / "resume.pt")
+        state |= {"generator": self.generator.get_state(), "progress": self.progress, "metrics": self.metrics}
+        save_file({**state, "seconds": time.time() - self.started, **extra}, self.dir / "resume.pt")
 
-    def finite(self, stage, step, values):
-        """-> `values` as plain numbers. Raises UserError if one is not finite; resume.pt keeps the last good state."""
-        values = {key: float(value) for key, value in values.items()}
-        for key, value in values.items():
-            if not math.isfinite(value):
-                message = f"{stage}/{key} is not finite at step {step}; {self.dir}/resume.pt keeps the last good state"
-                raise UserError(f"{message}, lower the learning rates or check the data")
-        return values
+    def enter(self, stage):
+        """The border between two stages is a point to resume from."""
+        self.progress |= {"stage": stage, "step": 0}
+        self.save()
 
     def log(self, stage, step, values):
-        """One row of metrics.jsonl."""
-        values = {f"{stage}/{key}": value for key, value in self.finite(stage, step, values).items()}
-        for key, value in values.items():
+        """One row of metrics.jsonl, TensorBoard and the console; draws curve.png anew. Raises UserError if a number is
+        not finite: resume.pt then keeps the last good state."""
+        row = {f"{stage}/{key}": float(value) for key, value in values.items()}
+        if bad := [key for key, value in row.items() if not math.isfinite(value)]:
+            hint = f"{self.dir}/resume.pt keeps the last good state, lower the learning rates or check the data"
+            raise UserError(f"{bad[0]} is not finite at step {step}; {hint}")
+        print(f"{stage} {step}: " + ", ".join(f"{key} {float(x):.4g}" for key, x in values.items()), flush=True)
+        for key, value in row.items():
             self.board.add_scalar(key, value, step)
-        self.metrics.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
-        self.metrics.flush()
-        if self.wandb:
-            self.wandb.log({**values, f"{stage}/step": step})
+        self.metrics.append(json.dumps({"stage": stage, "step": step, **row}) + "\n")
+        with open(self.dir / "metrics.jsonl", "a") as file:
+            file.write(self.metrics[-1])
+        draw_curve(self)
+
+    def summarize(self, status):
+        """Writes and returns summary.json: scores in D4RL's points, `scores` [environment step, score]."""
+        args, progress, scores = self.args, self.progress, [score for _, score in self.progress.get("scores", [])]
+        summary = {"env_id": args.env_id, "dataset": args.dataset or f"o2o/{args.env_id}", "algorithm": ALGORITHM}
+        summary |= {"seed": args.seed, **{key: value for key, value in progress.items() if key not in PRIVATE.split()}}
+        if scores:
+            early = [score for step, score in progress["scores"] if step <= args.online_steps / 10] or scores[:1]
+            summary |= {"final_score": float(np.mean(scores[-5:])), "best_score": max(scores)}
+            summary |= {"initial_drop": progress["offline_score"] - min(early), "auc": float(np.mean(scores))}
+        summary |= {"wall_seconds": time.time() - self.started, "versions": versions(), "status": status}
+        if self.writing:  # else the run was refused
+            save_file(json.dumps(summary, indent=1), self.dir / "summary.json")
+        return summary
 
 
-def stored_args(folder, algorithm):
-    """The arguments of the run in `folder`. Raises UserError if there is none or if it is another algorithm's."""
-    path = Path(folder) / "args.json"
-    if not path.exists():
-        raise UserError(f"nothing to resume: {path} does not exist")
+def draw_curve(run):
+    """curve.png: the score over the steps of each stage, the offline policy's dashed."""
+    rows = [row for row in map(json.loads, run.metrics) if f"{row['stage']}/score" in row]
+    stages = list(dict.fromkeys(row["stage"] for row in rows)) or ["online"]
+    figure, axes = plt.subplots(1, len(stages), figsize=(4.5 * len(stages), 3.5), squeeze=False, layout="constrained")
+    for axis, stage in zip(axes[0], stages, strict=True):
+        points = [(row["step"], row[f"{stage}/score"]) for row in rows if row["stage"] == stage]
+        axis.plot([step for step, _ in points], [score for _, score in points], ".-", label=run.args.exp_name)
+        if run.progress.get("offline_score") is not None:
+            axis.axhline(run.progress["offline_score"], color="black", linestyle="--", label="offline policy")
+        axis.set(title=stage, xlabel="environment steps" if stage == "online" else "updates", ylabel="score")
+        axis.legend(fontsize=8)
+    figure.savefig(run.dir / "curve.png", dpi=100)
+    plt.close(figure)
+
+
+def check_ranges(args):
+    """Every number lies in its range, so that nothing fails, or does nonsense, after hours. Raises UserError."""
+    for (low, high), flags in RANGES.items():
+        for flag in flags.split():
+            value = getattr(args, flag)
+            if value is not None and not (isinstance(value, int | float) and low <= value <= high):
+                raise UserError(f"--{flag.replace('_', '-')} is {value}; it has to lie between {low:g} and {high:g}")
+
+
+def parse_args(argv=None):
+    """The settings of the task, or with --resume those of the run, are the defaults; the command line wins. A run that
+    is resumed may get other budgets, but not become another method. Raises UserError."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
+    if not args.resume:
+        return tyro.cli(Args, args=argv, default=replace(Args(), **settings(args)))
     try:
-        stored = json.loads(path.read_text())
-        if stored.pop("algorithm") != algorithm:
-            raise UserError(f"{folder} is not a run of {algorithm}; resume it with the script that started it")
-        return Args(**{**stored, "resume": str(folder)})
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged or of another version of this script ({error})") from error
+        stored = json.loads((Path(args.resume) / "args.json").read_text())
+        algorithm, default = stored.pop("algorithm"), Args(**{**stored, "resume": args.resume})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{args.resume} holds no run of this script that could be resumed ({error})") from error
+    args = tyro.cli(Args, args=argv, default=default)
+    changed = [flag for flag, value in asdict(args).items() if value != getattr(default, flag)]
+    if algorithm != ALGORITHM or not set(changed) <= set(RESUMABLE.split()):
+        raise UserError(
+            f"{args.resume} is a run of {algorithm}; when it is resumed, only these may change: {RESUMABLE}"
+        )
+    return args
 
 
-def run_cli(main, algorithm):
-    """Runs main(args) on the command line; a UserError becomes one sentence on stderr and exit code 2. With --resume
-    the stored arguments are the defaults, and the command line still wins."""
+def run_cli(main):
+    """A UserError becomes one sentence on stderr and exit code 2; SIGTERM ends a run like Ctrl-C, with a summary."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs would ignore the former
+        signal.signal(number, signal.default_int_handler)
     try:
-        args = tyro.cli(Args)
-        main(tyro.cli(Args, default=stored_args(args.resume, algorithm)) if args.resume else args)
+        main(parse_args())
     except (UserError, OSError) as error:  # OSError: no space left, no permission
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -640,91 +661,30 @@ def run_cli(main, algorithm):
         sys.exit(130)
 
 
-def pick_device(cuda):
-    if cuda and not torch.cuda.is_available():
-        raise UserError("--cuda was asked for but torch sees no CUDA device; leave it out to run on the CPU")
-    return torch.device("cuda" if cuda else "cpu")
-
-
-# end shared
-
-
-# shared: offline_summary
-def write_offline_summary(run, args, data_name, algorithm, status):
-    """summary.json from run.progress: at every evaluation with status `unfinished`, at the end `complete`."""
-    summary = {"env_id": args.env_id, "dataset": data_name, "algorithm": algorithm, "seed": args.seed, **run.progress}
-    summary |= {"wall_seconds": time.time() - run.started, "versions": versions(), "status": status}
-    write_json(summary, run.dir / "summary.json")
-
-
-# end shared
-
-
-def export(args, actor, data, step, score):
-    """The checkpoint that fine-tuning loads: the policy alone, with the statistics that normalise its observations."""
-    return {
-        "format": 1,
-        "algorithm": "cql",
-        "env_id": args.env_id,
-        "dataset": data.name,
-        "policy": {"kind": "squashed_gaussian", "hidden": [256] * args.hidden_layers},
-        "actor": {key: value.detach().cpu().clone() for key, value in actor.state_dict().items()},
-        "step": step,
-        "score": score,
-        "args": asdict(args),
-        "versions": versions(),
-    }
-
-
 def main(args: Args):
+    """-> what summary.json says. Raises UserError before anything is written, if it can."""
+    check_ranges(args)
     torch.set_num_threads(args.num_threads)
-    torch.set_float32_matmul_precision(args.matmul_precision)
-    parse_task(args.env_id)
-    output = Path(args.output or Path(__file__).resolve().parent / "checkpoints" / args.env_id / "cql.pt")
-    if output.exists() and not args.overwrite:
-        raise UserError(f"{output} exists; pass --overwrite to replace it or --output to write elsewhere")
-    device = pick_device(args.cuda)
-    data = load_dataset(args.env_id, args.dataset)
-    run = Run(args, "cql", {"step": 0, "score": None, "scores": [], "updates_per_second": None})
-    obs_dim, act_dim, rows = data.obs_dim, data.act_dim, data.rows.to(device)
-    stats = data.rows[:, :obs_dim].mean(0), data.rows[:, :obs_dim].std(0) + 1e-3
-    envs = [data.make_env() for _ in range(args.eval_episodes)]
-
-    torch.manual_seed(args.seed)
-    hidden = [256] * args.hidden_layers
-    critics = CqlCritics(*stats, act_dim, hidden, bf16=args.matmul_precision == "medium")
-    nets = {"actor": SquashedGaussianActor(*stats, act_dim, hidden), "critics": critics}
-    nets |= {"targets": deepcopy(nets["critics"]), "log_alpha": Scalar(0.0), "log_weight": Scalar(0.0)}
-    nets = {name: net.to(device) for name, net in nets.items()}
-    optimizers, update = make_update(args, nets, obs_dim, act_dim)
-    update, generator = compile_update(update, args.compile, device), torch.Generator(device).manual_seed(args.seed)
-    run.restore(nets, optimizers, generator)
-
-    actor, first, clock, counted = nets["actor"], run.progress["step"], time.time(), 0
-    for step in tqdm(range(first + 1, args.updates + 1), desc="cql", unit="update", disable=None):
-        batch = rows[torch.randint(len(rows), (args.batch_size,), generator=generator, device=device)]
-        noise = torch.randn(3 * args.cql_actions + 1, args.batch_size, act_dim, generator=generator, device=device)
-        values = update(batch, noise)
-        counted += 1
-        if step % args.eval_every and step != args.updates:
-            continue
-        values = run.finite("offline", step, values)
-        values["updates_per_second"] = counted / (time.time() - clock)
-        seed = 10_000_000 * args.seed + step * args.eval_episodes
-        mean_return, _, _ = evaluate(mode_of(actor), envs, seed, device)
-        values["score"] = float(normalized_score(args.env_id, mean_return))
-        run.log("offline", step, values)
-        print(f"cql {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()), flush=True)
-        run.progress |= {"step": step} | {key: values[key] for key in ("score", "updates_per_second")}
-        run.progress["scores"].append([step, values["score"]])
-        save_file(export(args, actor, data, step, values["score"]), run.dir / "model.pt")
-        run.save()
-        write_offline_summary(run, args, data.name, "cql", "unfinished")
-        clock, counted = time.time(), 0
-    save_file(export(args, actor, data, run.progress["step"], run.progress["score"]), output)
-    write_offline_summary(run, args, data.name, "cql", "complete")
-    print(f"{output}: {run.progress['step']} updates, score {run.progress['score']:.1f}")
+    if args.cuda and not torch.cuda.is_available():
+        raise UserError("--cuda was asked for but torch sees no CUDA device; leave it out to run on the CPU")
+    if args.output is None:
+        args.output = str(Path(__file__).resolve().parent / "checkpoints" / args.env_id / "cql.pt")
+    if Path(args.output).exists() and not (args.overwrite or args.resume):
+        raise UserError(f"{args.output} exists; pass --overwrite to replace it, or --output to write elsewhere")
+    run = Run(args, {"stage": "offline", "step": 0, "closing_score": None, "updates_per_second": {}})
+    data, status = load_data(args, torch.device("cuda" if args.cuda else "cpu")), "failed"
+    try:
+        train(args, run, data)
+        status = "complete"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    finally:
+        summary = run.summarize(status)
+        print("\n".join(f"{key:15} {value:7.1f}" for key, value in summary.items() if isinstance(value, float)))
+        print(f"{status} after {summary['wall_seconds']:.0f} s; everything is in {run.dir}")
+    return summary
 
 
 if __name__ == "__main__":
-    run_cli(main, "cql")
+    run_cli(main)

@@ -1,17 +1,22 @@
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "offline")]
+sys.path[:0] = [str(ROOT), str(ROOT / "offline"), str(ROOT / "benchmark"), str(ROOT / "tools")]
 
 import collect  # noqa: E402
 import cql  # noqa: E402
+import gymnasium as gym  # noqa: E402
 import iql  # noqa: E402
+import minari  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import td3_bc  # noqa: E402
 import torch  # noqa: E402
+from minari.data_collector import EpisodeBuffer  # noqa: E402
 
 import o2o_ppo  # noqa: E402
 import o2o_sac  # noqa: E402
@@ -30,17 +35,42 @@ def minari_store(tmp_path_factory):
     return store
 
 
+def pendulum_episode(env, seed, steps=60):
+    rng = np.random.default_rng(seed)
+    observations, actions, rewards = [env.reset(seed=seed)[0]], [], []
+    for _ in range(steps):
+        actions.append(rng.uniform(-1, 1, 1).astype(np.float32))
+        obs, reward, *_ = env.step(actions[-1])
+        observations.append(obs)
+        rewards.append(reward)
+    flags = np.zeros(steps, dtype=bool), np.arange(steps) == steps - 1
+    columns = np.array(observations, np.float32), np.array(actions), np.array(rewards), *flags
+    return EpisodeBuffer(None, seed, None, *columns)
+
+
+@pytest.fixture(scope="session")
+def pendulum(minari_store):
+    """The task name of a dataset on an environment that no script knows, with actions rescaled by a wrapper."""
+    env = gym.wrappers.RescaleAction(gym.make("Pendulum-v1", max_episode_steps=60), -1.0, 1.0)
+    episodes = [pendulum_episode(env, seed) for seed in range(5)]
+    options = {"ref_min_score": -1500.0, "ref_max_score": -150.0, "author": "o2o", "author_email": "a@b.c"}
+    minari.create_dataset_from_buffers("o2o/pendulum-random-v0", episodes, env=env, eval_env=env, **options)
+    return "pendulum-random-v0"
+
+
+def tiny_policy(module, folder, **changes):
+    """A barely trained offline policy of this offline script. -> its path."""
+    settings = {"updates": 4, "eval_every_updates": 2, "eval_episodes": 1, "batch_size": 16, "compile": False}
+    settings |= {"output": str(folder / f"{module.__name__}.pt"), "run_dir": str(folder / "run")}
+    module.main(module.Args(**settings | changes))
+    return folder / f"{module.__name__}.pt"
+
+
 @pytest.fixture(scope="session")
 def checkpoints(minari_store, tmp_path_factory):
-    """Barely trained offline policies, small and quick: those that each script takes by default."""
-    paths = {}
-    for module, script in ((cql, o2o_sac), (td3_bc, o2o_td3), (iql, o2o_ppo)):
-        folder = tmp_path_factory.mktemp(module.__name__)
-        paths[script] = folder / f"{module.__name__}.pt"
-        args = module.Args(updates=4, eval_every=2, eval_episodes=1, batch_size=16, compile=False)
-        args.output, args.run_dir = str(paths[script]), str(folder / "run")
-        module.main(args)
-    return paths
+    """Those that each script takes by default."""
+    pairs = ((cql, o2o_sac), (td3_bc, o2o_td3), (iql, o2o_ppo))
+    return {script: tiny_policy(module, tmp_path_factory.mktemp(module.__name__)) for module, script in pairs}
 
 
 @pytest.fixture(scope="session")
@@ -60,30 +90,38 @@ def script(request):
     return request.param
 
 
+def tiny_args(script, checkpoint, run_dir, **changes):
+    """Arguments of a run of `script` that takes seconds."""
+    settings = {
+        "checkpoint": str(checkpoint),
+        "run_dir": str(run_dir),
+        "reevaluation_steps": 4,
+        "alignment_steps": 4,
+        "online_steps": 12,
+        "warm_up": 4,
+        "updates_per_step": 2,
+        "eval_every": 4,
+        "eval_every_updates": 2,
+        "eval_episodes": 1,
+        "batch_size": 16,
+        "compile": False,
+    }
+    if script is o2o_ppo:
+        for name in ("warm_up", "updates_per_step"):
+            del settings[name]
+        settings |= {"alignment_steps": 250_000, "rollout": 4, "minibatch_size": 2, "epochs": 2}
+    return script.Args(**(settings | changes))
+
+
 @pytest.fixture
 def tiny(script, checkpoints, tmp_path):
-    """Arguments of a run of `script` that takes seconds; keyword arguments change them."""
+    """tiny_args of the script, in tmp_path/run; keyword arguments change them."""
+    return lambda **changes: tiny_args(script, checkpoints[script], tmp_path / "run", **changes)
 
-    def make(**changes):
-        settings = {
-            "checkpoint": str(checkpoints[script]),
-            "run_dir": str(tmp_path / "run"),
-            "reevaluation_steps": 4,
-            "alignment_steps": 4,
-            "online_steps": 12,
-            "warm_up": 4,
-            "updates_per_step": 2,
-            "eval_every": 4,
-            "eval_every_updates": 2,
-            "eval_episodes": 1,
-            "batch_size": 16,
-            "fit_steps": 3,
-            "compile": False,
-        }
-        if script is o2o_ppo:
-            for name in ("warm_up", "updates_per_step"):
-                del settings[name]
-            settings |= {"alignment_steps": None, "rollout": 4, "minibatch_size": 2, "epochs": 2}
-        return script.Args(**(settings | changes))
 
-    return make
+def command(module, **flags):
+    """Runs a script of ours as a user does. -> the finished process."""
+    argv = [f"--{key.replace('_', '-')}={value}" for key, value in flags.items() if not isinstance(value, bool)]
+    argv += [f"--{'' if v else 'no-'}{key.replace('_', '-')}" for key, v in flags.items() if isinstance(v, bool)]
+    path = next(path for path in (ROOT / f"{module}.py", ROOT / f"offline/{module}.py") if path.exists())
+    return subprocess.run([sys.executable, path, *argv], capture_output=True, text=True, check=False)

@@ -1,14 +1,18 @@
-"""What the user can put right: one sentence on stderr, exit code 2, nothing overwritten."""
+"""What the user can put right: one sentence on stderr, exit code 2, nothing written or overwritten."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import collect
 import cql
-import gymnasium as gym
+import iql
+import minari
+import numpy as np
 import pytest
+import td3_bc
 import torch
 from conftest import ROOT, TASK, for_scripts
 
@@ -17,30 +21,51 @@ import o2o_sac
 import o2o_td3
 
 
-def refused(capsys, monkeypatch, module, algorithm, *argv):
-    monkeypatch.setattr(sys, "argv", [algorithm, *map(str, argv)])
+def refused(capsys, monkeypatch, module, *argv):
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, argv)])
     with pytest.raises(SystemExit) as stop:
-        module.run_cli(module.main, algorithm)
+        module.run_cli(module.main)
     assert stop.value.code == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
+    assert error.startswith("error: ") and error.count("\n") == 1, error
     return error
 
 
-def test_unknown_task_names_the_nearest_first(capsys, monkeypatch):
-    error = refused(capsys, monkeypatch, o2o_sac, "o2o_sac", "--env-id", "hoper-medium-v2")
-    assert error.index("hopper-medium-v2") < error.index("walker2d-expert-v2")
+def contents(folder):
+    """Every file below a folder, byte for byte."""
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_an_unknown_task_is_refused_and_nothing_is_left_behind(capsys, monkeypatch, tmp_path, checkpoint):
+    argv = "--env-id", "hoper-medium-v2", "--checkpoint", checkpoint, "--run-dir", tmp_path / "run"
+    assert "hoper-medium-v2" in refused(capsys, monkeypatch, collect, "--env-id", "hoper-medium-v2")
+    monkeypatch.setattr(subprocess, "run", lambda *args: subprocess.CompletedProcess(args, 2))
+    assert "o2o/hoper-medium-v2" in refused(capsys, monkeypatch, o2o_sac, *argv)
+    assert not (tmp_path / "run").exists()
 
 
 def test_missing_and_corrupt_checkpoints(capsys, monkeypatch, tmp_path, checkpoint):
-    assert "offline/cql.py" in refused(capsys, monkeypatch, o2o_sac, "o2o_sac", "--checkpoint", tmp_path / "no.pt")
+    run_dir = ("--run-dir", tmp_path / "run")
+    assert "offline/cql.py" in refused(capsys, monkeypatch, o2o_sac, "--checkpoint", tmp_path / "no.pt", *run_dir)
     broken = tmp_path / "broken.pt"
-    broken.write_bytes(checkpoint.read_bytes()[:1000])
-    assert "incomplete" in refused(capsys, monkeypatch, o2o_sac, "o2o_sac", "--checkpoint", broken)
-    broken.write_bytes(b"hello")
-    assert "incomplete" in refused(capsys, monkeypatch, o2o_sac, "o2o_sac", "--checkpoint", broken)
+    for content in (checkpoint.read_bytes()[:1000], b"hello", b""):
+        broken.write_bytes(content)
+        assert "incomplete" in refused(capsys, monkeypatch, o2o_sac, "--checkpoint", broken, *run_dir)
     torch.save({"format": 1}, broken)
-    assert "is missing" in refused(capsys, monkeypatch, o2o_sac, "o2o_sac", "--checkpoint", broken)
+    assert "format 1" in refused(capsys, monkeypatch, o2o_sac, "--checkpoint", broken, *run_dir)
+    torch.save([1, 2], broken)
+    assert "format 1" in refused(capsys, monkeypatch, o2o_sac, "--checkpoint", broken, *run_dir)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_runs_no_code(capsys, monkeypatch, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/exploded",)
+
+    torch.save({"format": 1, "policy": Bomb()}, tmp_path / "bomb.pt")
+    assert "no checkpoint of ours" in refused(capsys, monkeypatch, o2o_sac, "--checkpoint", tmp_path / "bomb.pt")
+    assert not (tmp_path / "exploded").exists()
 
 
 @pytest.mark.parametrize(
@@ -48,45 +73,131 @@ def test_missing_and_corrupt_checkpoints(capsys, monkeypatch, tmp_path, checkpoi
     [
         (lambda saved: saved.update(format=2), "format 2"),
         (lambda saved: saved.update(env_id="walker2d-medium-v2"), "walker2d-medium-v2"),
-        (lambda saved: saved["policy"].update(kind="decision_transformer"), "decision_transformer"),
-        (lambda saved: saved["policy"].update(hidden=[256]), "do not fit"),
-        (lambda saved: saved["actor"].update(obs_mean=torch.zeros(5), obs_std=torch.ones(5)), "5 observations"),
+        (lambda saved: saved["policy"].update(kind="no_such_kind"), "no_such_kind"),
+        (lambda saved: saved["policy"].update(hidden=[256]), "no policy for 11 observations"),
+        (lambda saved: saved["policy"].update(hidden="wide"), "no policy for 11 observations"),
+        (lambda saved: saved["actor"].update(obs_mean=torch.zeros(5)), "no policy for 11 observations"),
+        (lambda saved: saved["actor"].update(obs_std=torch.zeros(11)), "not positive"),
+        (lambda saved: saved["actor"].update(obs_mean=torch.full((11,), float("nan"))), "not finite"),
     ],
 )
-def test_checkpoints_that_do_not_fit(capsys, monkeypatch, tmp_path, checkpoint, change, words):
+def test_checkpoints_that_do_not_fit(capfd, monkeypatch, tmp_path, checkpoint, change, words):
     saved = torch.load(checkpoint, weights_only=True)
     change(saved)
     torch.save(saved, tmp_path / "changed.pt")
-    run_dir = tmp_path / "run"
-    argv = ("--checkpoint", tmp_path / "changed.pt", "--run-dir", run_dir)
-    assert words in refused(capsys, monkeypatch, o2o_sac, "o2o_sac", *argv)
-    assert not run_dir.exists()
+    argv = ["o2o_sac.py", "--checkpoint", str(tmp_path / "changed.pt"), "--run-dir", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as stop:
+        o2o_sac.run_cli(o2o_sac.main)
+    error = capfd.readouterr().err
+    assert stop.value.code == 2 and words in error and "Traceback" not in error
+    assert not (tmp_path / "run/args.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("gamma", "nan"), ("gamma", "1.5"), ("batch-size", "-1"), ("eval-episodes", "0"), ("policy-lr", "inf"),
+     ("offline-fraction", "2"), ("online-steps", "-5"), ("num-threads", "0"), ("seed", "-1")],
+)  # fmt: skip
+def test_flags_out_of_range(capsys, monkeypatch, tmp_path, checkpoint, flag, value):
+    argv = "--checkpoint", checkpoint, "--run-dir", tmp_path / "run", f"--{flag}={value}"
+    assert f"--{flag} is {value}" in refused(capsys, monkeypatch, o2o_sac, *argv)
+    assert not (tmp_path / "run").exists()
 
 
 def test_nothing_is_overwritten_unasked(capsys, monkeypatch, tmp_path, checkpoint):
     before = checkpoint.read_bytes()
-    assert "--overwrite" in refused(capsys, monkeypatch, cql, "cql", "--output", checkpoint)
+    for module in (cql, td3_bc, iql):
+        assert "--overwrite" in refused(capsys, monkeypatch, module, "--output", checkpoint)
     assert checkpoint.read_bytes() == before
-    assert "--overwrite" in refused(capsys, monkeypatch, collect, "collect", "--env-id", TASK)
-    assert "--overwrite" in refused(capsys, monkeypatch, collect, "collect", "--env-id", TASK, "--train")
+    assert "--overwrite" in refused(capsys, monkeypatch, collect, "--env-id", TASK)
     (tmp_path / "args.json").write_text("{}")
     argv = ("--checkpoint", checkpoint, "--run-dir", tmp_path)
-    assert "--resume" in refused(capsys, monkeypatch, o2o_sac, "o2o_sac", *argv)
+    assert "--resume" in refused(capsys, monkeypatch, o2o_sac, *argv)
     assert (tmp_path / "args.json").read_text() == "{}"
 
 
 def test_resume_needs_a_run_of_this_algorithm(capsys, monkeypatch, tmp_path):
-    assert "nothing to resume" in refused(capsys, monkeypatch, o2o_sac, "o2o_sac", "--resume", tmp_path / "none")
-    (tmp_path / "args.json").write_text(json.dumps({"algorithm": "cql", "seed": 1}))
-    assert "not a run of o2o_sac" in refused(capsys, monkeypatch, o2o_sac, "o2o_sac", "--resume", tmp_path)
-    for damaged in ("", json.dumps({"algorithm": "o2o_sac", "no_such_flag": 1})):
+    assert "no run of this script" in refused(capsys, monkeypatch, o2o_sac, "--resume", tmp_path / "none")
+    for damaged in ("", "[]", '{"algorithm": "o2o_sac", "no_such_flag": 1}', '{"seed": 1}'):
         (tmp_path / "args.json").write_text(damaged)
-        assert "damaged" in refused(capsys, monkeypatch, o2o_sac, "o2o_sac", "--resume", tmp_path)
+        assert "no run of this script" in refused(capsys, monkeypatch, o2o_sac, "--resume", tmp_path)
+    (tmp_path / "args.json").write_text(json.dumps({"algorithm": "cql", "seed": 1}))
+    assert "run of cql" in refused(capsys, monkeypatch, o2o_sac, "--resume", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--online-steps", "8"),
+        ("--eval-episodes", "0"),
+        ("--batch-size", "-1"),
+        ("--gamma", "nan"),
+        ("--gamma", "0.5"),
+        ("--seed", "2"),
+        ("--checkpoint", "other.pt"),
+        ("--no-align",),
+        ("--num-threads", "0"),
+    ],
+)
+def test_a_refused_resume_leaves_the_run_as_it_was(capsys, monkeypatch, finished, argv):
+    script, folder = finished
+    before = contents(folder)
+    if argv == ("--no-align",) and script is o2o_ppo:
+        argv = ("--no-reevaluate",)
+    refused(capsys, monkeypatch, script, "--resume", folder, *argv)
+    assert contents(folder) == before
+
+
+def test_after_every_refusal_a_run_still_resumes(capsys, monkeypatch, finished, tmp_path):
+    script, folder = finished
+    refused(capsys, monkeypatch, script, "--resume", folder, "--online-steps", "8")
+    monkeypatch.setattr(sys, "argv", ["script", "--resume", str(folder), "--online-steps", "16"])
+    script.run_cli(script.main)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "complete" and [step for step, _ in summary["scores"]] == [4, 8, 12, 16]
+
+
+@pytest.fixture
+def finished(script, tiny, tmp_path):
+    script.main(tiny())
+    return script, tmp_path / "run"
+
+
+@for_scripts(o2o_ppo)
+def test_ppo_cannot_be_resumed_with_another_layout(script, tiny, tmp_path, capsys, monkeypatch):
+    script.main(tiny(online_steps=4))
+    before = contents(tmp_path / "run")
+    assert "only these may change" in refused(
+        capsys, monkeypatch, script, "--resume", tmp_path / "run", "--num-envs", "2"
+    )
+    assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "longer"])
+def test_damaged_metrics_are_written_again(finished, monkeypatch, damage):
+    script, folder = finished
+    before, path = (folder / "metrics.jsonl").read_bytes(), folder / "metrics.jsonl"
+    damaged = {"truncated": before[:50], "missing": None, "longer": before + b'{"stage"'}[damage]
+    path.unlink() if damaged is None else path.write_bytes(damaged)
+    monkeypatch.setattr(sys, "argv", ["script", "--resume", str(folder)])
+    script.run_cli(script.main)
+    assert path.read_bytes() == before
+
+
+def test_a_damaged_resume_file_is_refused(finished, capsys, monkeypatch):
+    script, folder = finished
+    for content in (b"", b"hello", (folder / "resume.pt").read_bytes()[:5000]):
+        (folder / "resume.pt").write_bytes(content)
+        before = contents(folder)
+        assert "resume.pt" in refused(capsys, monkeypatch, script, "--resume", folder)
+        assert contents(folder) == before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_cuda_asked_for_but_missing(capsys, monkeypatch):
-    assert "CUDA" in refused(capsys, monkeypatch, o2o_sac, "o2o_sac", "--cuda")
+    for module in (o2o_sac, o2o_td3, o2o_ppo, cql):
+        assert "CUDA" in refused(capsys, monkeypatch, module, "--cuda")
 
 
 def test_a_full_disk_leaves_the_previous_file_whole(monkeypatch, tmp_path):
@@ -108,9 +219,9 @@ def test_an_error_of_the_file_system_is_one_sentence_too(capsys, monkeypatch, ch
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(o2o_sac, "write_json", full)
+    monkeypatch.setattr(o2o_sac, "save_file", full)
     argv = ("--checkpoint", checkpoint, "--run-dir", tmp_path / "run")
-    assert "No space left" in refused(capsys, monkeypatch, o2o_sac, "o2o_sac", *argv)
+    assert "No space left" in refused(capsys, monkeypatch, o2o_sac, *argv)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(script, tiny, monkeypatch, tmp_path):
@@ -132,46 +243,79 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(s
 
 
 def test_sizes_of_ppo_that_do_not_divide(capsys, monkeypatch):
-    assert "--minibatch-size" in refused(capsys, monkeypatch, o2o_ppo, "o2o_ppo", "--minibatch-size", "100")
-    assert "--num-envs" in refused(capsys, monkeypatch, o2o_ppo, "o2o_ppo", "--num-envs", "3")
-    assert "--no-align" in refused(capsys, monkeypatch, o2o_ppo, "o2o_ppo", "--alignment-steps", "0")
-
-
-@for_scripts(o2o_ppo)
-def test_ppo_cannot_be_resumed_with_another_layout(script, tiny, tmp_path):
-    script.main(tiny(online_steps=4))
-    with pytest.raises(script.UserError, match="--num-envs"):
-        script.main(tiny(resume=str(tmp_path / "run"), num_envs=2))
-
-
-@for_scripts(o2o_sac, o2o_td3)
-def test_resume_with_fewer_online_steps_than_done(script, tiny, tmp_path):
-    script.main(tiny())
-    with pytest.raises(script.UserError, match="did 12 environment steps already"):
-        script.main(tiny(resume=str(tmp_path / "run"), online_steps=8))
+    assert "--minibatch-size" in refused(capsys, monkeypatch, o2o_ppo, "--minibatch-size", "100")
+    assert "--num-envs" in refused(capsys, monkeypatch, o2o_ppo, "--num-envs", "3")
 
 
 def test_no_compiler_falls_back_to_eager(monkeypatch, capsys):
-    def missing():
-        raise o2o_sac.InvalidCxxCompiler()
-
-    monkeypatch.setattr(o2o_sac, "get_cpp_compiler", missing)
-    o2o_sac.can_compile.cache_clear()
-    assert o2o_sac.compile_update(len, True, "cpu") is len and o2o_sac.compile_update(max, True, "cpu") is max
-    assert capsys.readouterr().err.count("no C++ compiler") == 1
-    o2o_sac.can_compile.cache_clear()
+    monkeypatch.setattr(o2o_sac.shutil, "which", lambda name: None)
+    assert o2o_sac.compile_update(len, o2o_sac.Args()) is len
+    assert "no C++ compiler" in capsys.readouterr().err
 
 
-def test_no_renderer_is_explained(tmp_path):
-    def make_env(**kwargs):
-        raise gym.error.Error("no display")
-
-    with pytest.raises(o2o_sac.UserError, match="MUJOCO_GL"):
-        o2o_sac.record_video(None, make_env, tmp_path / "videos/x.mp4", 0, "cpu")
-
-
-def test_the_command_itself_exits_with_2_and_no_traceback():
+def test_the_command_itself_exits_with_2_and_no_traceback(minari_store):
     command = [sys.executable, ROOT / "o2o_sac.py", "--env-id", "antmaze-large-v9"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+
+
+def edited_metadata(store, name, monkeypatch, tmp_path, **changes):
+    """A copy of the small dataset whose metadata.json was changed. -> its id."""
+    import shutil
+
+    copy = store / "o2o" / name
+    shutil.copytree(store / "o2o" / TASK, copy)
+    path = copy / "data/metadata.json"
+    metadata = json.loads(path.read_text()) | {"dataset_id": f"o2o/{name}"} | changes
+    path.write_text(json.dumps({key: value for key, value in metadata.items() if value is not None}))
+    return f"o2o/{name}"
+
+
+@pytest.mark.parametrize("without_spaces", [False, True])
+@pytest.mark.parametrize("where", ["entry_point", "wrapper", "id"])
+def test_a_dataset_runs_no_code(capsys, monkeypatch, minari_store, tmp_path, checkpoint, where, without_spaces):
+    spec = json.loads(minari.load_dataset(f"o2o/{TASK}").env_spec.to_json())
+    marker = tmp_path / "exploded"
+    call = {"entry_point": "os:system", "kwargs": {"command": f"touch {marker}"}}
+    if where == "wrapper":
+        spec["additional_wrappers"] = [{"name": "RescaleAction", **call}]
+    else:
+        spec |= call | ({"id": "Mine-v0"} if where == "id" else {})
+    changes = {"env_spec": json.dumps(spec)}
+    if without_spaces:  # Minari then makes the environment as soon as the dataset is opened
+        changes |= {"observation_space": None, "action_space": None}
+    name = edited_metadata(minari_store, f"bomb-{where}-{without_spaces}-v0".lower(), monkeypatch, tmp_path, **changes)
+    argv = "--dataset", name, "--checkpoint", checkpoint, "--run-dir", tmp_path / "run"
+    assert "none was made" in refused(capsys, monkeypatch, o2o_sac, *argv)
+    assert not marker.exists() and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("spec", [None, "", "[]", "{}", '{"id": 3}', '{"id": "Hopper-v5", "additional_wrappers": 1}'])
+def test_a_dataset_without_a_usable_environment(capsys, monkeypatch, minari_store, tmp_path, checkpoint, spec):
+    name = edited_metadata(minari_store, f"spec{abs(hash(spec))}-v0", monkeypatch, tmp_path, env_spec=spec)
+    argv = "--dataset", name, "--checkpoint", checkpoint, "--run-dir", tmp_path / "run"
+    assert name in refused(capsys, monkeypatch, o2o_sac, *argv)
+    assert not (tmp_path / "run").exists()
+
+
+def test_scores_without_reference_returns_are_returns(capsys, monkeypatch, minari_store, tmp_path, checkpoint):
+    changes = {"ref_min_score": None, "ref_max_score": None}
+    name = edited_metadata(minari_store, "plain-v0", monkeypatch, tmp_path, **changes)
+    data = o2o_sac.load_data(o2o_sac.Args(dataset=name), torch.device("cpu"))
+    assert data.score(1234.5) == pytest.approx(1234.5)
+    assert "for lack of references" in capsys.readouterr().out
+    mean = np.mean([episode.rewards.sum() for episode in minari.load_dataset(name).iterate_episodes()])
+    assert float(data.split(data.rows)[2].sum()) == pytest.approx(mean * int(data.last.sum()), rel=1e-4)
+
+
+def test_without_dataset_the_network_is_never_touched(monkeypatch, tmp_path):
+    def network(*args, **kwargs):
+        raise AssertionError("network")
+
+    monkeypatch.setattr(minari, "download_dataset", network)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    monkeypatch.setattr(subprocess, "run", lambda *args: subprocess.CompletedProcess(args, 2))
+    for script in (o2o_sac, o2o_td3, o2o_ppo):
+        with pytest.raises(script.UserError, match="no dataset"):
+            script.load_data(script.Args(), torch.device("cpu"))

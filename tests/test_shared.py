@@ -1,11 +1,11 @@
-"""Copies stay copies, flags are used, documented commands run."""
+"""Copies stay copies, files keep their size and order, flags are used and checked, documented commands run."""
 
 import ast
 import importlib
 import re
 import shlex
-import sys
 from collections import defaultdict
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -14,48 +14,66 @@ import tyro
 from conftest import ROOT
 from torch import nn
 
-sys.path.insert(0, str(ROOT / "results"))
+ONLINE = sorted(ROOT.glob("*.py"))
+OFFLINE = sorted(ROOT.glob("offline/*.py"))
+TOOLS = sorted(ROOT.glob("tools/*.py"))
+SCRIPTS = [*ONLINE, *OFFLINE, *TOOLS]
+TRAINING = [path for path in [*ONLINE, *OFFLINE] if path.stem not in ("collect", "convert")]
 
-SCRIPTS = sorted([*ROOT.glob("*.py"), *ROOT.glob("offline/*.py")])
-BLOCK = re.compile(r"^# shared: (\w+)\n(.*?)^# end shared$", re.M | re.S)
+# what a method defines for itself under a name that others use too
+OWN = {"Args", "settings", "main", "train", "train_online", "make_update", "make_updates", "make_actor", "checkpoint"}
+OWN |= {"td_target", "alignment_target", "divergence", "actor_loss", "reward_scale"}
 
 
-def test_shared_blocks_are_identical():
+def definitions(path):
+    """name -> text of each top-level function and class, decorators included."""
+    text = path.read_text()
+    nodes = [n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+    lines = text.splitlines()
+    start = lambda n: min([n.lineno, *(decorator.lineno for decorator in n.decorator_list)]) - 1  # noqa: E731
+    return {n.name: "\n".join(lines[start(n) : n.end_lineno]) for n in nodes}
+
+
+def test_what_two_scripts_define_under_one_name_is_the_same():
     copies = defaultdict(lambda: defaultdict(list))  # name -> text -> files
     for path in SCRIPTS:
-        text = path.read_text()
-        assert text.count("\n# shared: ") == len(BLOCK.findall(text)), f"{path.name}: a marker is not closed"
-        for name, block in BLOCK.findall(text):
-            copies[name][block].append(path.name)
-    assert copies, "no shared block found"
-    for name, versions in copies.items():
-        assert len(versions) == 1, f"{name} has drifted: {list(versions.values())}"
+        for name, text in definitions(path).items():
+            copies[name][text].append(path.name)
+    assert sum(len(files) > 1 for versions in copies.values() for files in versions.values()) > 20
+    drifted = {name: list(versions.values()) for name, versions in copies.items() if len(versions) > 1}
+    assert not (drifted.keys() - OWN), {name: drifted[name] for name in drifted.keys() - OWN}
 
 
-def test_nothing_from_a_shared_block_is_defined_elsewhere():
-    shared = {
-        node.name
-        for path in SCRIPTS
-        for _, block in BLOCK.findall(path.read_text())
-        for node in ast.parse(block).body
-        if isinstance(node, ast.FunctionDef | ast.ClassDef)
-    }
-    assert "UserError" in shared
-    for path in SCRIPTS:
-        own = ast.parse(BLOCK.sub("", path.read_text())).body
-        names = {node.name for node in own if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-        assert not names & shared, f"{path.name} has its own version of {names & shared}"
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_nothing_is_defined_that_nothing_uses(path):
+    text = path.read_text()
+    for name in definitions(path):
+        assert len(re.findall(rf"\b{name}\b", text)) > 1 or name in ("main", "Args"), f"{path.name}: {name} is unused"
+
+
+@pytest.mark.parametrize("path", ONLINE, ids=lambda path: path.name)
+def test_the_method_comes_first(path):
+    """The first equation stands before line 140, and the plumbing after `train`."""
+    tree = ast.parse(path.read_text()).body
+    functions = [node for node in tree if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    assert next(node for node in functions if node.name not in ("Args", "settings")).lineno < 140
+    order = [node.name for node in functions]
+    assert order.index("make_updates") < order.index("train") < order.index("UserError") < order.index("Run")
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_every_flag_is_read_and_no_script_imports_another(path):
     tree = ast.parse(path.read_text())
-    fields = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args").body
-    names = {node.target.id for node in fields if isinstance(node, ast.AnnAssign)}
+    body = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args").body
+    names = {node.target.id for node in body if isinstance(node, ast.AnnAssign)}
     read = {
         node.attr
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
+    } | {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self.args"
     }
     assert names == names & read, f"never read: {names - read}"
     ours = {script.stem for script in SCRIPTS}
@@ -63,6 +81,29 @@ def test_every_flag_is_read_and_no_script_imports_another(path):
         if isinstance(node, ast.Import | ast.ImportFrom):
             modules = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             assert not {str(module).split(".")[0] for module in modules} & (ours | {"offline", "tests"})
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.name)
+def test_every_number_has_a_range_and_its_default_lies_in_it(path):
+    module = importlib.import_module(path.stem)
+    ranged = [flag for flags in module.RANGES.values() for flag in flags.split()]
+    numeric = {field.name for field in fields(module.Args) if str(field.type).split(" |")[0] in ("int", "float")
+               or field.type in (int, float)}  # fmt: skip
+    numeric |= {field.name for field in fields(module.Args) if str(field.type) in ("int | None", "float | None")}
+    assert len(ranged) == len(set(ranged)) and set(ranged) == numeric
+    module.check_ranges(module.Args())
+    for flag in numeric:
+        for bad in (float("nan"), -1, 10**12):
+            args = module.Args()
+            setattr(args, flag, bad)
+            with pytest.raises(module.UserError, match=flag.replace("_", "-")):
+                module.check_ranges(args)
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.name)
+def test_what_may_change_on_resume_are_flags(path):
+    module = importlib.import_module(path.stem)
+    assert set(module.RESUMABLE.split()) <= {field.name for field in fields(module.Args)}
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -78,28 +119,20 @@ def test_help_explains_every_flag(path, capsys, monkeypatch):
             assert len(explanation.strip(" ,|")) > 3, f"{path.name}: {line}"
 
 
-def test_the_table_of_settings_serves_every_task_and_every_row_of_it_is_some_script_s():
-    served = set()
-    for script in map(importlib.import_module, ("o2o_sac", "o2o_td3", "o2o_ppo")):
-        for task in script.TASKS:
-            args = script.Args(env_id=task)
-            asked = {flag for flag in script.SETTINGS if getattr(args, flag, 0) is None}
-            script.fill_settings(args)
-            assert asked and not [flag for flag in asked if getattr(args, flag) is None]
-            served |= asked
-            for flag in asked:  # expert quality is what makes a difference, not the mixture's name
-                twin = script.Args(env_id=task.replace("-medium-expert-", "-expert-").replace("-replay", ""))
-                script.fill_settings(twin)
-                assert getattr(args, flag) == getattr(twin, flag)
-        assert {flag for flags in script.EXCEPTIONS.values() for flag in flags} <= set(script.SETTINGS)
-        assert set(script.EXCEPTIONS) <= set(script.ENVS)
-    assert served == set(script.SETTINGS)
+def test_help_of_a_task_shows_what_will_be_used(capsys, monkeypatch):
+    module = importlib.import_module("o2o_sac")
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit):
+        module.parse_args(["--env-id", "hopper-expert-v2", "--help"])
+    line = next(line for line in capsys.readouterr().out.splitlines() if "--limit-end" in line)
+    assert "0.125" in line
 
 
 def documented_commands():
-    """(where, script, arguments) of every `python ....py` in the README and in the scripts' docstrings."""
-    readme = "\n".join(re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S))
-    texts = {"README.md": readme} | {path.name: ast.get_docstring(ast.parse(path.read_text())) for path in SCRIPTS}
+    """(where, script, arguments) of every `python ....py` in the prose and in the scripts' docstrings."""
+    prose = [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "results/README.md"]
+    texts = {path.name: "\n".join(re.findall(r"^```bash\n(.*?)^```", path.read_text(), re.M | re.S)) for path in prose}
+    texts |= {path.name: ast.get_docstring(ast.parse(path.read_text())) for path in SCRIPTS}
     for where, text in texts.items():
         for line in text.replace("\\\n", " ").splitlines():
             for part in re.split(r"&&|;", line):
@@ -107,7 +140,8 @@ def documented_commands():
                 if match:
                     yield where, match[1], shlex.split(match[2], comments=True)
                 if "./benchmark.sh" in part:
-                    yield where, "results/benchmark.py", shlex.split(part.split("./benchmark.sh")[1], comments=True)
+                    arguments = shlex.split(part.split("./benchmark.sh")[1], comments=True)
+                    yield where, "benchmark/benchmark.py", arguments
 
 
 def test_documented_commands_parse():
@@ -115,12 +149,13 @@ def test_documented_commands_parse():
     assert len(commands) > 10
     for where, script, argv in commands:
         assert (ROOT / script).exists(), f"{where}: {script} does not exist"
-        if not script.startswith("results/") or script == "results/benchmark.py":
-            try:
-                tyro.cli(importlib.import_module(Path(script).stem).Args, args=argv)
-            except SystemExit as stop:
-                if stop.code:  # --help ends with 0
-                    pytest.fail(f"{where}: python {script} {shlex.join(argv)}")
+        if script.startswith("benchmark/") and script != "benchmark/benchmark.py":
+            continue
+        try:
+            tyro.cli(importlib.import_module(Path(script).stem).Args, args=argv)
+        except SystemExit as stop:
+            if stop.code:  # --help ends with 0
+                pytest.fail(f"{where}: python {script} {shlex.join(argv)}")
 
 
 def test_the_documented_way_to_write_a_checkpoint_and_to_act_with_it_works(tmp_path, monkeypatch):
@@ -139,18 +174,20 @@ SIZES = {"hopper": (11, 3), "walker2d": (17, 6), "halfcheetah": (17, 6)}  # obse
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_a_shipped_policy_is_small_tells_nothing_of_where_it_was_made_and_is_loaded(path):
     task, algorithm = path.parent.name, path.stem.removesuffix("_5")
-    scripts = {"cql": "o2o_sac", "td3_bc": "o2o_td3", "iql": "o2o_ppo", "lapo": "o3f"}
-    if path.stem in ("lapo", "iql_5"):
-        script = importlib.import_module("o3f")
-        args = script.Args(env_id=task, base=algorithm)
-        _, saved = script.load_base(path, args, *SIZES[task.split("-")[0]], bf16=False)
-    else:
-        script = importlib.import_module(scripts[path.stem])
-        _, saved = script.load_policy(path, task, *SIZES[task.split("-")[0]], 0.1)
+    saved = torch.load(path, weights_only=True)
     assert (saved["algorithm"], saved["env_id"], saved["dataset"]) == (algorithm, task, f"o2o/{task}")
-    assert saved["step"] >= (30_000 if algorithm == "lapo" else 50_000)
+    assert saved["step"] >= (20_000 if algorithm == "lapo" else 50_000)
     assert path.stat().st_size < (6e6 if algorithm == "lapo" else 2 * 2**20)  # LAPO: five critics of three layers
     assert not [value for value in saved["args"].values() if isinstance(value, str) and value.startswith("/")]
+    scripts = {"cql": "o2o_sac", "td3_bc": "o2o_td3", "iql": "o2o_ppo"}
+    if path.stem in scripts:
+        script = importlib.import_module(scripts[path.stem])
+        obs_dim, act_dim = SIZES[task.split("-")[0]]
+        data = script.Data("", None, None, obs_dim, act_dim, (0, 1), None)
+        args = script.Args(env_id=task, checkpoint=str(path))
+        run = type("Folder", (), {"dir": path.parent})
+        actor = script.load_actor(args, path, run, data)
+        assert actor.mode(torch.zeros(2, obs_dim)).shape == (2, act_dim)
 
 
 def test_the_default_task_has_a_policy_for_every_script():

@@ -7,8 +7,8 @@
     ./benchmark.sh --engine slurm                            # as one array job
 
 A run is a folder RESULTS/<script>/<task>/<variant>/<seed>. One whose summary.json says `complete` is skipped, one that
-was cut off is resumed, so the same command goes on after any interruption. `python results/report.py RESULTS` makes the
-tables.
+was cut off is resumed, so the same command goes on after any interruption. A run that fails, or whose folder is damaged,
+is named at the end (exit code 1); the others go on. `python benchmark/report.py RESULTS` makes the tables.
 """
 
 import fcntl
@@ -22,6 +22,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -30,7 +31,7 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 HOPPER = "hopper-medium-v2"
 OTHERS = ("walker2d-medium-v2", "halfcheetah-medium-v2", "hopper-medium-replay-v2")  # the methods alone, three seeds
-FAST = "--matmul-precision medium"  # bf16 products: the published runs, except those of the default commands
+FAST = "--bf16"  # the published runs, except those of the default commands
 # What the published runs used, and the papers' budgets (--paper)
 SAC = "--reevaluation-steps 100000 --alignment-steps 15000 --eval-every 500 --eval-every-updates 2500"
 TD3 = "--reevaluation-steps 100000 --alignment-steps 50000 --eval-every 1000 --eval-every-updates 5000"
@@ -70,9 +71,7 @@ EXPERIMENTS = {  # script: {variant: flags}
         **{f"iql{name}": f"--base iql {IQL} {FAST} {flag}" for name, flag in OPTIMISM.items()},
     },
 }
-EXPERIMENTS["critics"] = {
-    "study": f"{SAC} --eval-every-updates 1000 {FAST}"
-}  # fixed, iterated, aligned: results/critics.py
+EXPERIMENTS["critics"] = {"study": f"{SAC} --eval-every-updates 1000 {FAST}"}  # benchmark/critics.py
 # One seed each, on hopper-medium-v2: the default commands as they stand, and how budget and alpha change alignment
 DEFAULTS = {
     "o2o_sac": f"{SAC} --online-steps 15000 --eval-every 1000 --eval-every-updates 5000",
@@ -114,6 +113,30 @@ class Args:
     index: int | None = None  # run this command of the list alone, counted from 0; the clusters use it
 
 
+class UserError(Exception):
+    """Something the user can put right: `run_cli` prints it as one sentence and exits with code 2."""
+
+
+@cache
+def warn(text):
+    """Once for each text."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def read_json(path):
+    """-> the dictionary in a file; None if there is no file, or no dictionary in it, which one line says."""
+    try:
+        found = json.loads(path.read_text())
+        if isinstance(found, dict):
+            return found
+        warn(f"{path} is damaged (it holds no dictionary)")
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        warn(f"{path} is damaged ({error})")
+    return None
+
+
 class Job(NamedTuple):
     """One run: the command is `python script --env-id task --seed seed flags`, plus its folder and its policy."""
 
@@ -128,15 +151,12 @@ class Job(NamedTuple):
         return results / Path(self.script).stem / self.task / self.variant / str(self.seed)
 
     def complete(self, results):
-        try:
-            return json.loads((self.folder(results) / "summary.json").read_text())["status"] == "complete"
-        except FileNotFoundError:
-            return False
+        return (read_json(self.folder(results) / "summary.json") or {}).get("status") == "complete"
 
     def conflicts(self, results):
         """Whether the folder holds a run that began with other flags, or from another policy."""
-        began, path = (self.folder(results) / "args.json").exists(), self.folder(results) / "command.json"
-        return began and path.exists() and json.loads(path.read_text()) != self.settings()
+        stored = read_json(self.folder(results) / "command.json")
+        return stored is not None and (self.folder(results) / "args.json").exists() and stored != self.settings()
 
     def settings(self):
         return {"flags": list(self.flags), "policy": self.policy and self.policy.settings()}
@@ -178,7 +198,7 @@ def all_jobs(args):
             offline += shlex.split(args.offline_flags)
             policy = Job(f"offline/{name}.py", task, base, seed, last_of_each(offline))
             pretraining[policy] = None  # a dict keeps the order and drops what several variants share
-        path = "results/critics.py" if script == "critics" else f"{script}.py"
+        path = "benchmark/critics.py" if script == "critics" else f"{script}.py"
         fine_tuning.append(Job(path, task, variant, seed, last_of_each(words), policy))
 
     for script, variants in EXPERIMENTS.items():
@@ -226,7 +246,7 @@ def call(command, log):
     with open(log, "a") as file:
         print(shlex.join(command), file=file, flush=True)
         words = [*keeper, sys.executable, *command[1:]]
-        return subprocess.run(words, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
+        return subprocess.run(words, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
 
 
 def run_job(job, results):
@@ -234,18 +254,21 @@ def run_job(job, results):
     from minari.storage.datasets_root_dir import get_dataset_path
 
     folder, start = job.folder(results), time.time()
-    with locked(folder / ".lock"):
+    with locked(folder / ".benchmark.lock"):
         if job.complete(results):
             print(f"{job}: complete already", flush=True)
             return True
-        (folder / "command.json").write_text(json.dumps(job.settings(), indent=1))
+        settings, started = folder / "command.json", (folder / "args.json").exists()
+        if started and settings.exists() and read_json(settings) is None:
+            print(f"{job}: FAILED, {settings} is damaged; remove the folder to start this run anew", flush=True)
+            return False
+        settings.write_text(json.dumps(job.settings(), indent=1))
         log, data = folder / "log.txt", get_dataset_path(f"o2o/{job.task}")
         if not any(word.split("=")[0] == "--dataset" for word in job.flags):
             with locked(data.parent / f".{job.task}.lock"):
                 if not data.exists() and call(["python", "offline/collect.py", "--env-id", job.task], log):
                     print(f"{job}: FAILED, no dataset; see {log}", flush=True)
                     return False
-        started = (folder / "args.json").exists()
         code = call(["python", job.script, "--resume", str(folder)] if started else job.command(results), log)
         outcome = "complete" if not code and job.complete(results) else f"FAILED with exit code {code}; see {log}"
         print(f"{job}: {outcome}, {(time.time() - start) / 60:.1f} min", flush=True)
@@ -291,8 +314,9 @@ def run_ray(jobs, args):
         if not all(policy):
             return False
         keeper = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
-        folder = Path.cwd() if Path("results/benchmark.py").exists() else ROOT
-        return subprocess.run([*keeper, sys.executable, "results/benchmark.py", *words], cwd=folder).returncode == 0
+        folder = Path.cwd() if Path("benchmark/benchmark.py").exists() else ROOT
+        command = [*keeper, sys.executable, "benchmark/benchmark.py", *words]
+        return subprocess.run(command, cwd=folder, check=False).returncode == 0
 
     everything, futures = all_jobs(args), {}
     for job in jobs:
@@ -309,7 +333,7 @@ def run_ray(jobs, args):
 
 
 def run_slurm(jobs, args):
-    """Submits results/slurm.sh as an array job over the incomplete commands of the list, pre-training first. sbatch
+    """Submits benchmark/slurm.sh as an array job over the incomplete commands of the list, pre-training first. sbatch
     answers with the id of the job; squeue and the logs tell the rest."""
     everything, after = all_jobs(args), []
     for offline in (True, False):
@@ -317,7 +341,7 @@ def run_slurm(jobs, args):
         if not stage:
             continue
         array = ",".join(map(str, stage))
-        words = ["sbatch", "--parsable", f"--array={array}", *after, "results/slurm.sh", *again(args)]
+        words = ["sbatch", "--parsable", f"--array={array}", *after, "benchmark/slurm.sh", *again(args)]
         identity = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
         # after any: a run whose policy is missing says so itself, the others go on
         after = [f"--dependency=afterany:{identity.split(';')[0]}"]
@@ -342,7 +366,7 @@ def main(args: Args):
     if args.index is not None:
         jobs = jobs[args.index : args.index + 1]
     if not jobs:
-        sys.exit("error: no command of the list has this script, task, variant and seed; see ./benchmark.sh --list")
+        raise UserError("no command of the list has this script, task, variant and seed; see ./benchmark.sh --list")
     complete = sum(job.complete(args.results) for job in jobs)
     if args.list:
         for job in jobs:
@@ -351,7 +375,7 @@ def main(args: Args):
         return
     if conflicts := [str(job) for job in jobs if job.conflicts(args.results)]:
         text = f"{len(conflicts)} runs in {args.results} were made with other flags, {conflicts[0]} for one"
-        sys.exit(f"error: {text}; name another folder with --results")
+        raise UserError(f"{text}; name another folder with --results")
     if args.index is None:
         print(f"{len(jobs)} runs in {args.results}, {complete} of them complete already", flush=True)
         jobs = [job for job in jobs if not job.complete(args.results)]
@@ -366,5 +390,8 @@ def main(args: Args):
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__.splitlines()[0]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,29 +1,37 @@
-"""From run folders to results/*.csv, the tables in README.md, and the figures. The same runs give the same bytes.
+"""From run folders to results/*.csv, the tables in README.md and results/README.md, and the figures.
 
-    python results/report.py                 # from results/: the tables go into README.md
-    python results/report.py runs/benchmark  # from runs of your own: the tables go into runs/benchmark/report.md
+    python benchmark/report.py                 # from results/: the tables go between the markers of both READMEs
+    python benchmark/report.py --check         # writes nothing; exit code 1 if tables or CSV are not those of the runs
+    python benchmark/report.py runs/benchmark  # from runs of your own: the tables go into runs/benchmark/report.md
 
 A run is a folder <script>/<task>/<variant>/<seed>/ with the summary.json and metrics.jsonl of its run folder. Numbers
 over seeds are interquartile means with 95 % bootstrap intervals, stratified by task where several are taken together.
+The same runs give the same bytes. A folder that cannot be read is named in a warning and left out.
 """
 
 import csv
+import io
 import json
+import pickle
 import re
 import sys
 from collections import defaultdict
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
+import tyro
 from scipy import stats
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
+TASKS = [f"{env}-{data}-v2" for data in ("medium", "medium-replay") for env in ("hopper", "walker2d", "halfcheetah")]
 ABLATIONS = {
     "full": "full method",
     "no-reevaluate": "no re-evaluation",
@@ -48,34 +56,86 @@ METHODS = {  # title -> its table, its variant there
     "O3F on IQL": ("o3f_iql", "iql"),
     "O3F on LAPO": ("o3f_lapo", "lapo"),
 }
+NAIVE = {  # the same online algorithms without the method, for the table in README.md
+    "O2SAC": ("SAC, started naively", "o2o_sac", "naive"),
+    "O2TD3": ("TD3, started naively", "o2o_td3", "naive"),
+    "O2PPO": ("PPO, started naively", "o2o_ppo", "naive"),
+    "O3F on IQL": ("IQL goes on, with noise", "o3f_iql", "iql-noise"),
+    "O3F on LAPO": ("LAPO goes on, with noise", "o3f_lapo", "lapo-noise"),
+}
 TITLES = {group: title for title, (group, variant) in METHODS.items() if variant != "full-8000"}
 CRITICS = {"fixed": "re-evaluated, fixed", "iterated": "re-evaluated, iterated", "aligned": "aligned"}
-COLUMNS = ["offline", "aligned", "initial_drop", "lowest", "auc", "final", "acting", "best"]
+COLUMNS = ["offline", "aligned", "initial_drop", "lowest", "auc", "final", "acting", "best", "closing"]
 HEADINGS = ["offline", "aligned", "initial drop", "lowest online", "mean online", "last 5 evaluations", "while acting"]
 STAGES = {"align": "alignment", "online": "online fine-tuning", "acting": "the actions as executed"}
 
 
+@dataclass
+class Args:
+    results: tyro.conf.Positional[Path] = RESULTS  # folder of runs <script>/<task>/<variant>/<seed>
+    check: bool = False  # compare tables and CSV with those that are there, and write nothing
+
+
+class UserError(Exception):
+    """Something the user can put right: `run_cli` prints it as one sentence and exits with code 2."""
+
+
+@cache
+def warn(text):
+    """Once for each text: several tables come from the same file."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def readable(read, paths):
+    """-> read(path) of every path that can be read; of the others a line says which and why. None: not wanted."""
+    found = []
+    for path in sorted(paths):
+        try:
+            found.append(read(path))
+        except (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError, EOFError) as error:
+            warn(f"left out {path}, which cannot be read ({type(error).__name__}: {error})")
+        except pickle.UnpicklingError as error:
+            warn(f"left out {path}, which is no checkpoint ({type(error).__name__})")
+    return [item for item in found if item is not None]
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def shipped_policy(folder):
+    """-> hopper-medium-v2/cql.pt, if the run started from that file of offline/checkpoints, else None."""
+    path = folder / "args.json"
+    parts = Path(json.loads(path.read_text()).get("checkpoint") or "").parts if path.exists() else ()
+    return "/".join(parts[-2:]) if parts[-4:-2] == ("offline", "checkpoints") else None
+
+
+def load_run(folder):
+    """-> the run as `load` describes it; None if it was cut off, or is one of pre-training."""
+    script, task, variant, seed = folder.parts[-4:]
+    summary = json.loads((folder / "summary.json").read_text())
+    if summary["status"] != "complete" or "initial_drop" not in summary:
+        return None
+    rows = rows_of(folder)
+    curve = [(row["stage"], row["step"], row.get(f"{row['stage']}/score")) for row in rows]
+    acting = [row for row in rows if "online/score_acting" in row]
+    curve += [("acting", row["step"], row["online/score_acting"]) for row in acting]
+    keys = {"offline": "offline_score", "aligned": "aligned_score", "final": "final_score", "best": "best_score"}
+    keys |= {"closing": "closing_score"}
+    run = {"script": script, "task": task, "variant": variant, "seed": int(seed), "policy": shipped_policy(folder)}
+    run |= {column: summary.get(keys.get(column, column)) for column in COLUMNS}
+    run |= {"lowest": min((score for _, score in summary["scores"]), default=None)}
+    scores, episodes = ([row[f"online/{key}"] for row in acting] for key in ("score_acting", "episodes"))
+    run |= {"acting": float(np.average(scores, weights=episodes)) if acting else None}
+    run |= {key: summary[key] for key in ("online_steps", "selection_steps")}
+    return run | {"curve": [point for point in curve if point[2] is not None]}
+
+
 def load(results):
-    """-> one dictionary a complete run: script, task, variant, seed, the COLUMNS (None where a run has no such number),
-    and `curve`, a list of (stage, step, score). Ordered by the first four."""
-    runs = []
-    for path in results.glob("*/*/*/*/summary.json"):
-        script, task, variant, seed = path.parts[-5:-1]
-        summary = json.loads(path.read_text())
-        if summary["status"] != "complete" or "initial_drop" not in summary:
-            continue  # cut off, or pre-training
-        rows = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
-        curve = [(row["stage"], row["step"], row.get(f"{row['stage']}/score")) for row in rows]
-        acting = [row for row in rows if "online/score_acting" in row]
-        curve += [("acting", row["step"], row["online/score_acting"]) for row in acting]
-        keys = {"offline": "offline_score", "aligned": "aligned_score", "final": "final_score", "best": "best_score"}
-        run = {"script": script, "task": task, "variant": variant, "seed": int(seed)}
-        run |= {column: summary[keys.get(column, column)] for column in COLUMNS if column not in ("lowest", "acting")}
-        run |= {"lowest": min((score for _, score in summary["scores"]), default=None)}
-        scores, episodes = ([row[f"online/{key}"] for row in acting] for key in ("score_acting", "episodes"))
-        run |= {"acting": float(np.average(scores, weights=episodes)) if acting else None}
-        run |= {key: summary[key] for key in ("online_steps", "selection_steps")}
-        runs.append(run | {"curve": [point for point in curve if point[2] is not None]})
+    """-> one dictionary a complete run: script, task, variant, seed, policy (the shipped file it started from), the
+    COLUMNS (None where a run has no such number), and `curve`, a list of (stage, step, score). Ordered by the first
+    four."""
+    runs = readable(load_run, [path.parent for path in results.glob("*/*/*/*/summary.json")])
     return sorted(runs, key=lambda run: [run[key] for key in ("script", "task", "variant", "seed")])
 
 
@@ -171,31 +231,72 @@ def aggregate_table(runs):
     return table([*head, *scores], rows)
 
 
+def measured_policies():
+    """-> number of episodes, {hopper-medium-v2/cql.pt: {score, error, ...}}: the file that tools/enjoy.py keeps."""
+    try:
+        measured = json.loads((RESULTS / "policies.json").read_text())
+        return measured["episodes"], measured["policies"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{RESULTS / 'policies.json'} is missing or damaged ({error})") from error
+
+
+def main_table(runs):
+    """Every method on every task: offline score -> mean of the last five evaluations (number of seeds). Offline is the
+    score over many episodes where all runs of a cell started from one shipped policy, else that of the runs."""
+    lines, (_, measured) = [], measured_policies()
+    for title, (group, variant) in METHODS.items():
+        lines += [NAIVE[title]] if title in NAIVE else []
+        lines.append((title.split(",")[0], group, variant))
+    found = {group: chosen(runs, group) for _, group, _ in lines}
+    tasks, rows = [task for task in TASKS if any(task in by_task for by_task in found.values())], []
+    for title, group, variant in lines:
+        cells = [found[group].get(task, {}).get(variant, []) for task in tasks]
+        if steps := sorted({run["online_steps"] for cell in cells for run in cell}):
+            budget = " / ".join(f"{n:,}" for n in steps)
+            rows.append([title, budget, *(main_cell(cell, measured) for cell in cells)])
+    return table(["method", "online steps", *(task.removesuffix("-v2") for task in tasks)], rows)
+
+
+def main_cell(runs, measured):
+    if not runs:
+        return "–"
+    policies = {run["policy"] for run in runs}
+    known = measured.get(policies.pop()) if len(policies) == 1 else None
+    offline = known["score"] if known else interval([[run["offline"] for run in runs]])[0]
+    mean, low, high = interval([[run["final"] for run in runs]])
+    spread = "" if low is None else f" [{low:.0f}, {high:.0f}]"
+    return f"{offline:.0f} → {mean:.0f}{spread} ({len(runs)})"
+
+
+def load_policy(path):
+    return path, torch.load(path, map_location="cpu", weights_only=True)
+
+
+def megabytes(path):
+    return f"{path.stat().st_size / 1e6:.1f} MB"
+
+
 def checkpoint_table():
-    """The offline policies that ship, their last evaluation in training and their score of results/policies.py."""
-    rows, measured = [], json.loads((RESULTS / "policies.json").read_text())
-    for path in sorted((ROOT / "offline/checkpoints").glob("*-v2/*.pt")):
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+    """The offline policies that ship, their last evaluation in training and their score by tools/enjoy.py."""
+    rows, (episodes, measured) = [], measured_policies()
+    for path, saved in readable(load_policy, (ROOT / "offline/checkpoints").glob("*-v2/*.pt")):
+        name, score = f"{path.parent.name}/{path.name}", saved.get("score")
         critics = f"{saved['num_critics']} critics" if "num_critics" in saved else "policy only"
-        size = f"{path.stat().st_size / 1e6:.1f} MB"
-        name = f"{path.parent.name}/{path.name}"
-        mean = "{score:.1f} ± {error:.1f}".format(**measured["policies"][name])
-        rows.append(
-            [f"`{name}`", saved["algorithm"], f"{saved['step']:,}", f"{saved['score']:.1f}", mean, critics, size]
-        )
-    scores = ["last evaluation", f"{measured['episodes']} episodes"]
+        mean = "{score:.1f} ± {error:.1f}".format(**measured[name]) if name in measured else "–"
+        last = "–" if score is None else f"{score:.1f}"
+        rows.append([f"`{name}`", saved["algorithm"], f"{saved['step']:,}", last, mean, critics, megabytes(path)])
+    scores = ["last evaluation", f"{episodes} episodes"]
     return table(["offline/checkpoints/", "algorithm", "updates", *scores, "holds", "size"], rows)
 
 
 def behaviour_table():
     """The policies that make the data: of one SAC run each, scored by 10 episodes of its samples."""
     rows = []
-    for path in sorted((ROOT / "offline/checkpoints/behaviour").glob("*.pt")):
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+    for path, saved in readable(load_policy, (ROOT / "offline/checkpoints/behaviour").glob("*.pt")):
         for quality in ("medium", "expert"):
-            snapshot, size = saved[quality], f"{path.stat().st_size / 1e6:.1f} MB"
+            snapshot = saved[quality]
             numbers = [f"{snapshot['step']:,}", f"{snapshot['return']:,.0f}", f"{snapshot['score']:.1f}"]
-            rows.append([saved["env"], quality, *numbers, len(saved["ladder"]), size])
+            rows.append([saved["env"], quality, *numbers, len(saved["ladder"]), megabytes(path)])
     return table(["environment", "snapshot", "SAC steps", "mean return", "score", "rungs to medium", "file"], rows)
 
 
@@ -220,17 +321,24 @@ def alphas(runs):
     return [(alpha, curves) for (_, alpha), curves in sorted(found.items())]
 
 
+def load_critics(folder):
+    """-> (task, offline score, {critic: curve}) of a run of benchmark/critics.py; None if it was cut off."""
+    summary = json.loads((folder / "summary.json").read_text())
+    if summary["status"] != "complete":
+        return None
+    rows = rows_of(folder)
+    curves = {critic: [(r["step"], r[f"{critic}/score"]) for r in rows if r["stage"] == critic] for critic in CRITICS}
+    return summary["env_id"], summary["offline_score"], curves
+
+
 def critics(results):
-    """Of results/critics.py -> {(task, critic): [curve of an actor's scores, one a seed]}, {task: offline scores}."""
+    """-> {(task, critic): [curve of an actor's scores, one a seed]}, {task: offline scores}."""
     curves, offline = defaultdict(list), defaultdict(list)
-    for path in sorted(results.glob("critics/*/study/*/summary.json")):
-        summary = json.loads(path.read_text())
-        if summary["status"] == "complete":
-            offline[summary["env_id"]].append(summary["offline_score"])
-            rows = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
-            for critic in CRITICS:
-                points = [(row["step"], row[f"{critic}/score"]) for row in rows if row["stage"] == critic]
-                curves[summary["env_id"], critic].append(points)
+    folders = [path.parent for path in results.glob("critics/*/study/*/summary.json")]
+    for task, score, found in readable(load_critics, folders):
+        offline[task].append(score)
+        for critic, points in found.items():
+            curves[task, critic].append(points)
     return curves, offline
 
 
@@ -380,25 +488,25 @@ def draw_critics(curves, offline, path):
     save(drawing, path)
 
 
-def write_csv(results, runs):
-    """runs.csv: a row a run; curves.csv: a row an evaluation."""
+def csv_files(runs):
+    """runs.csv: a row a run; curves.csv: a row an evaluation. -> {name: text}"""
     keys = ["script", "task", "variant", "seed"]
     numbers = [*COLUMNS, "online_steps", "selection_steps"]
-    for name, columns, rows in (
-        ("runs.csv", [*keys, *numbers], [[run[key] for key in (*keys, *numbers)] for run in runs]),
-        (
-            "curves.csv",
-            [*keys, "stage", "step", "score"],
-            [[run[k] for k in keys] + [*p] for run in runs for p in run["curve"]],
-        ),
-    ):
-        with open(results / name, "w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(columns)
-            writer.writerows([[f"{x:.2f}" if isinstance(x, float) else x for x in row] for row in rows])
+    tables = {
+        "runs.csv": [[*keys, *numbers], *([run[key] for key in (*keys, *numbers)] for run in runs)],
+        "curves.csv": [[*keys, "stage", "step", "score"]]
+        + [[run[key] for key in keys] + [*point] for run in runs for point in run["curve"]],
+    }
+    files = {}
+    for name, rows in tables.items():
+        file = io.StringIO()
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([[f"{x:.2f}" if isinstance(x, float) else x for x in row] for row in rows])
+        files[name] = file.getvalue()
+    return files
 
 
-def all_tables(results, runs, curves, offline):
+def all_tables(runs, curves, offline):
     """-> {name: table} of everything that has runs."""
     tables = {"aggregate": aggregate_table(runs)} if aggregate(runs) else {}
     tables |= {group: group_table(runs, group) for group in GROUPS if chosen(runs, group)}
@@ -406,24 +514,30 @@ def all_tables(results, runs, curves, offline):
     return tables | ({"critics": critic_table(curves, offline)} if curves else {})
 
 
-def main(results=RESULTS):
-    runs, (curves, offline) = load(results), critics(results)
-    if not runs and not curves:
-        sys.exit(f"error: no complete run in {results}; they lie in <script>/<task>/<variant>/<seed>")
-    write_csv(results, runs)
-    tables = all_tables(results, runs, curves, offline)
-    if results == RESULTS:
-        text = (ROOT / "README.md").read_text()
-        for name, lines in (tables | {"checkpoints": checkpoint_table(), "behaviour": behaviour_table()}).items():
-            marked = rf"(<!-- results: {name} -->\n).*?(<!-- end -->)"
-            text, count = re.subn(marked, lambda match, lines=lines: f"{match[1]}{lines}\n{match[2]}", text, flags=re.S)
-            if count != 1:
-                sys.exit(f"error: README.md has {count} places for the table '{name}', <!-- results: {name} -->")
-        (ROOT / "README.md").write_text(text)
-    else:
-        (results / "report.md").write_text(
-            "\n\n".join(f"## {name}\n\n{lines}" for name, lines in tables.items()) + "\n"
-        )
+def filled(path, tables):
+    """-> the text of a README with the tables between their markers, <!-- results: NAME --> and <!-- end -->."""
+    text = path.read_text() if path.exists() else ""
+    for name, lines in tables.items():
+        marker = f"<!-- results: {name} -->" if name else "<!-- results -->"
+        parts = rf"({marker}\n).*?(<!-- end -->)"
+        text, count = re.subn(parts, lambda match, lines=lines: f"{match[1]}{lines}\n{match[2]}", text, flags=re.DOTALL)
+        if count != 1:
+            raise UserError(f"{path} has {count} places for a table, {marker} to <!-- end -->, instead of one")
+    return text
+
+
+def files_of(results, runs, curves, offline):
+    """-> {path: text} of everything but the figures."""
+    files = {results / name: text for name, text in csv_files(runs).items()}
+    tables = all_tables(runs, curves, offline)
+    if results != RESULTS:
+        return files | {results / "report.md": "\n\n".join(f"## {n}\n\n{lines}" for n, lines in tables.items()) + "\n"}
+    tables |= {"checkpoints": checkpoint_table(), "behaviour": behaviour_table()}
+    files[ROOT / "README.md"] = filled(ROOT / "README.md", {"": main_table(runs)})
+    return files | {RESULTS / "README.md": filled(RESULTS / "README.md", tables)}
+
+
+def draw(results, runs, curves, offline):
     for group in TITLES:
         if chosen(runs, group):
             draw_curves(runs, group, results / f"{group}.png")
@@ -437,5 +551,26 @@ def main(results=RESULTS):
         draw_critics(curves, offline, results / "critics.png")
 
 
+def main(args: Args):
+    results = args.results.resolve()
+    runs, (curves, offline) = load(results), critics(results)
+    if not runs and not curves:
+        raise UserError(f"no complete run in {results}; they lie in <script>/<task>/<variant>/<seed>")
+    files = files_of(results, runs, curves, offline)
+    if args.check:
+        stale = [path for path, text in files.items() if not path.exists() or path.read_bytes() != text.encode()]
+        if stale:
+            names = ", ".join(map(str, stale))
+            sys.exit(f"error: not what the runs give: {names}; python benchmark/report.py writes them anew")
+        return
+    for path, text in files.items():
+        path.write_text(text)
+    draw(results, runs, curves, offline)
+
+
 if __name__ == "__main__":
-    main(*(Path(word).resolve() for word in sys.argv[1:2]))
+    try:
+        main(tyro.cli(Args, description=__doc__.splitlines()[0]))
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,726 @@
+"""Behaviour cloning: imitates the data or, with --teacher, any policy, by maximum likelihood on the data's states.
+
+It is the bridge between policy classes: o2o_sac.py fine-tunes squashed Gaussians, o2o_td3.py deterministic policies,
+o2o_ppo.py Gaussians, and each calls this script when its checkpoint holds something else.
+
+    python offline/bc.py --env-id hopper-medium-v2  # clones the data: offline/checkpoints/hopper-medium-v2/bc.pt
+    python offline/bc.py --teacher offline/checkpoints/hopper-medium-v2/td3_bc.pt --output copy.pt  # as SAC's class
+
+A twentieth of the episodes is held out, and the copy that is most likely there is the one that is kept: fits of one
+TD3+BC policy scored 108, 56, 73, 37 at successive checks. Writes a run folder and the checkpoint, which holds the
+teacher's score too.
+
+The method ends with `train`. What follows (networks, data, run folder) is the same in every script.
+"""
+
+import fcntl
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import matplotlib.pyplot as plt
+import minari
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from minari.storage.datasets_root_dir import get_dataset_path
+from torch import nn
+from torch.optim.adam import adam
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env_id: str = "hopper-medium-v2"  # task: names the dataset, the checkpoint and the run folder
+    teacher: str | None = None  # checkpoint of the policy to imitate; None: the data's actions
+    policy: Literal["squashed_gaussian", "tanh_gaussian", "deterministic"] = "squashed_gaussian"  # class of the copy
+    seed: int = 1  # the only seed: networks, batches and evaluation derive from it
+    exp_name: str = "bc"  # part of the run folder's name
+    cuda: bool = False  # train on a GPU
+    track: bool = False  # also log to Weights & Biases
+    wandb_project_name: str = "o2o"  # project there
+    wandb_entity: str | None = None  # team there
+    dataset: str | None = None  # Minari id, local or remote; None: o2o/<env_id>, made by offline/collect.py if missing
+    output: str | None = None  # checkpoint to write; None: offline/checkpoints/<env_id>/bc.pt
+    overwrite: bool = False  # replace that checkpoint if it exists
+    run_dir: str | None = None  # folder of this run; None: runs/<env_id>__<exp_name>__<seed>__<time>
+    resume: str | None = None  # folder of a run that was cut off, to be continued
+
+    updates: int = 20_000  # gradient steps
+    eval_every_updates: int = 2_000  # updates between checks on the held-out episodes, any of which may be kept
+    eval_episodes: int = 10  # episodes of one evaluation, all at once
+    batch_size: int = 256  # states of one gradient step
+    learning_rate: float = 3e-4  # of the copy
+    teacher_std: float = 0.1  # std that a deterministic teacher is given, for a copy that has one
+
+    compile: bool = True  # compile the update into one graph
+    bf16: bool = False  # matrix products in bf16, on CPUs and GPUs that have units for it
+    num_threads: int = 1  # CPU threads: such small networks get slower, not faster, once threads exceed the free cores
+
+
+def settings(args):
+    """Nothing that the command line does not say depends on the task."""
+    return {}
+
+
+def imitation_loss(actor, kind, obs, action):
+    """-E[ log pi(a|s) ], nats; for a deterministic copy, which has no density, E[ (pi(s) - a)^2 ]. obs (B, O), action
+    (B, A); a squashed Gaussian's density is infinite at the border of the box, so actions are cut to 0.999."""
+    if kind == "deterministic":
+        return ((actor(obs) - action) ** 2).mean()
+    if kind == "tanh_gaussian":
+        return -gaussian_log_prob(*actor(obs), action).mean()
+    return -squashed_log_prob(*actor(obs), torch.atanh(action.clamp(-0.999, 0.999))).mean()
+
+
+def teacher_action(teacher, kind, obs, noise, std):
+    """What the copy is to imitate in obs (B, O): an action (B, A) drawn from the teacher with standard normal noise, a
+    deterministic one with a std given to it; for a deterministic copy the teacher's most likely action."""
+    mode, spread = teacher(obs, noise)
+    if kind == "deterministic":
+        return mode
+    return (mode + std * noise).clamp(-1, 1) if spread is None else spread
+
+
+def make_update(args, nets, optimizers, teacher, split):
+    """-> update(rows (B, 2 O + A + 2), noise (B, A)), which writes the actor and returns detached numbers, and
+    loss(rows, noise), the same loss without it."""
+    actor = nets["actor"]
+
+    def loss(rows, noise):
+        obs, action = split(rows)[:2]
+        if teacher is not None:
+            with torch.no_grad():
+                action = teacher_action(teacher, args.policy, obs, noise, args.teacher_std)
+        return imitation_loss(actor, args.policy, obs, action)
+
+    def update(rows, noise):
+        value = loss(rows, noise)
+        optimizers["actor"].minimize(value)
+        return numbers(loss=value)
+
+    return update, loss
+
+
+def held_out(last, share=0.05):
+    """-> (N,) is this transition one of the last `share` of the episodes, at least one? last (N,): ends of episodes."""
+    episode = last.cumsum(0) - last.long()
+    count = int(episode[-1]) + 1
+    return episode >= count - max(1, round(share * count)) if count > 1 else torch.zeros_like(last)
+
+
+def train_offline(args, run, stage, steps, update, rows, shape, check, extra=lambda step: ()):
+    """`steps` updates on batches of `rows`, with standard normal noise of `shape` and whatever `extra(step)` gives.
+    Every eval_every_updates logs their numbers and those of `check()`, and saves."""
+    progress, generator, clock, count = run.progress, run.generator, time.time(), 0
+    for step in tqdm(range(progress["step"] + 1, steps + 1), desc=stage, unit="update", disable=None):
+        index = torch.randint(len(rows), (args.batch_size,), generator=generator, device=generator.device)
+        noise = torch.randn(shape, generator=generator, device=generator.device)
+        values, count = update(rows[index], noise, *extra(step)), count + 1
+        if step % args.eval_every_updates == 0 or step == steps:
+            values = {key: float(value) for key, value in values.items()}  # waits for a GPU, so the clock is right
+            progress["step"], progress["updates_per_second"][stage] = step, count / (time.time() - clock)
+            run.log(stage, step, values | {"updates_per_second": progress["updates_per_second"][stage]} | check())
+            run.save()
+            clock, count = time.time(), 0
+
+
+def train(args, run, data, saved):
+    """Updates of the copy, from scratch; of all checks the one of the least held-out loss is kept."""
+    device, progress = data.rows.device, run.progress
+    torch.manual_seed(args.seed)
+    teacher, stats = None, observation_stats(data)
+    if saved is not None:
+        teacher = teacher_from(saved, data, device)
+    hidden = [256] * (3 if args.policy == "squashed_gaussian" else 2)  # as the offline scripts have them
+    actor = COPIES[args.policy](*stats, data.act_dim, hidden, bf16=args.bf16)
+    nets = {"actor": actor, "best": deepcopy(actor)}
+    nets = {name: net.to(device) for name, net in nets.items()}
+    optimizers = {"actor": Adam(nets["actor"].parameters(), args.learning_rate)}
+    run.restore(nets, optimizers, torch.Generator(device).manual_seed(args.seed))
+    update, loss = make_update(args, nets, optimizers, teacher, data.split)
+    envs, out = [data.make_env() for _ in range(args.eval_episodes)], held_out(data.last)
+    rest = data.rows[out if out.any() else ~out][:20_000]
+    noise = torch.randn(len(rest), data.act_dim, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def check():
+        """The loss on the held-out episodes, and the score."""
+        with torch.no_grad():
+            value = loss(rest, noise).item()
+        if value < progress["held_out_loss"]:
+            progress["held_out_loss"] = value
+            nets["best"].load_state_dict(nets["actor"].state_dict())
+        return {"held_out_loss": value} | score_policy(args, run, data, envs)
+
+    if teacher is not None and progress["teacher_score"] is None:
+        policy = lambda obs, noise: (teacher(obs, noise)[0], torch.zeros(len(obs)))  # noqa: E731
+        returns = [evaluate(policy, envs, 200_000_000 + 1_000_000 * args.seed + 50 * i, device)[0] for i in range(5)]
+        progress["teacher_score"] = data.score(np.mean(returns))
+    shape = args.batch_size, data.act_dim
+    update = compile_update(update, args)
+    train_offline(args, run, "offline", args.updates, update, data.rows[~out], shape, check)
+    nets["actor"].load_state_dict(nets["best"].state_dict())
+    more = {"policy": {"kind": args.policy, "hidden": hidden}, "teacher_score": progress["teacher_score"]}
+    finish(args, run, data, envs, **more)
+    if teacher is not None:
+        print(f"score of the teacher {progress['teacher_score']:.1f}, of the copy {progress['closing_score']:.1f}")
+
+
+ALGORITHM = "bc"
+RANGES = {
+    (0, 1): "learning_rate",
+    (0, 10**9): "seed updates",
+    (1, 10**9): "eval_every_updates eval_episodes batch_size",
+    (1, 1024): "num_threads",
+    (1e-9, 10): "teacher_std",
+}
+RESUMABLE = "updates compile num_threads track wandb_project_name wandb_entity"
+PRIVATE = "stage step"  # of a run's progress, not in summary.json
+
+
+def mlp(net, x, bf16):
+    """A network's output, with `bf16` all products in bf16 but the last: bf16 can't tell a Q of 250 from one of 251."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        x = net[:-1](x)
+    return net[-1](x.float())
+
+
+class SquashedGaussianActor(nn.Module):
+    """a = tanh(u), u ~ N(mean(s), std(s)^2): SAC's policy. `noise` is standard normal and given from outside, so that
+    a compiled and an eager update see the same numbers."""
+
+    def __init__(self, obs_mean, obs_std, act_dim, hidden, bf16=False):
+        super().__init__()
+        self.register_buffer("obs_mean", obs_mean.clone())
+        self.register_buffer("obs_std", obs_std.clone())
+        sizes = [len(obs_mean), *hidden]
+        layers = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.ReLU())]
+        self.net, self.bf16 = nn.Sequential(*layers, nn.Linear(sizes[-1], 2 * act_dim)), bf16
+        nn.init.xavier_uniform_(self.net[-1].weight, gain=0.01)
+        nn.init.zeros_(self.net[-1].bias)
+
+    def forward(self, obs):
+        """(B, O) raw observations -> mean (B, A) and log_std (B, A) of u."""
+        mean, log_std = mlp(self.net, (obs - self.obs_mean) / self.obs_std, self.bf16).chunk(2, dim=-1)
+        return mean, (log_std - 1).clamp(-20, 2)
+
+    def sample(self, obs, noise):
+        """-> action (B, A) in [-1, 1], its log_prob (B,) in nats, and u (B, A)."""
+        mean, log_std = self(obs)
+        u = mean + log_std.exp() * noise
+        return torch.tanh(u), squashed_log_prob(mean, log_std, u), u
+
+    def mode(self, obs):
+        """-> tanh of the mean (B, A), the action that evaluation executes."""
+        return torch.tanh(self(obs)[0])
+
+
+def squashed_log_prob(mean, log_std, u):
+    """log density of a = tanh(u) in nats, (..., A) three times -> (...):
+
+        log N(u; mean, std^2) - sum log(1 - tanh(u)^2),   log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2 u))
+
+    Takes u and not a: atanh(a) is not finite where tanh rounds to 1."""
+    normal = -0.5 * ((u - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
+    return (normal - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)
+
+
+class TanhGaussianActor(nn.Module):
+    """a ~ N(tanh(net(s)), std^2), clipped to the box: IQL's policy."""
+
+    def __init__(self, obs_mean, obs_std, act_dim, hidden, std=1.0, bf16=False):
+        super().__init__()
+        self.register_buffer("obs_mean", obs_mean.clone())
+        self.register_buffer("obs_std", obs_std.clone())
+        sizes = [len(obs_mean), *hidden]
+        layers = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.ReLU())]
+        self.net, self.bf16 = nn.Sequential(*layers, nn.Linear(sizes[-1], act_dim)), bf16
+        self.log_std = nn.Parameter(torch.full((act_dim,), math.log(std)))
+
+    def forward(self, obs):
+        """(B, O) raw observations -> mean (B, A) and log_std (A,), the same in every state."""
+        mean = torch.tanh(mlp(self.net, (obs - self.obs_mean) / self.obs_std, self.bf16))
+        return mean, self.log_std.clamp(-20, 2)
+
+    def sample(self, obs, noise):
+        """-> action (B, A) clipped to the box, log_prob of the action before clipping (B,), and that action (B, A)."""
+        mean, log_std = self(obs)
+        action = mean + log_std.exp() * noise
+        return action.clamp(-1, 1), gaussian_log_prob(mean, log_std, action), action
+
+    def mode(self, obs):
+        """-> the mean (B, A), the action that evaluation executes."""
+        return self(obs)[0]
+
+
+def gaussian_log_prob(mean, log_std, action):
+    """log N(action; mean, std^2) in nats, summed over the A dimensions: (..., A) three times -> (...)."""
+    return (-0.5 * ((action - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+class DeterministicActor(nn.Module):
+    """a = tanh(net(s)): TD3's policy."""
+
+    def __init__(self, obs_mean, obs_std, act_dim, hidden, bf16=False):
+        super().__init__()
+        self.register_buffer("obs_mean", obs_mean.clone())
+        self.register_buffer("obs_std", obs_std.clone())
+        sizes = [len(obs_mean), *hidden]
+        layers = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.ReLU())]
+        self.net, self.bf16 = nn.Sequential(*layers, nn.Linear(sizes[-1], act_dim)), bf16
+
+    def forward(self, obs):
+        """(B, O) raw observations -> actions (B, A) in [-1, 1]."""
+        return torch.tanh(mlp(self.net, (obs - self.obs_mean) / self.obs_std, self.bf16))
+
+    mode = forward  # what evaluation executes
+
+
+COPIES = {"squashed_gaussian": SquashedGaussianActor, "tanh_gaussian": TanhGaussianActor}
+COPIES["deterministic"] = DeterministicActor
+
+
+def layers(state, prefix, x):
+    """A ReLU network whose weights are `<prefix>net.<n>.weight`, (B, inputs) -> (B, outputs)."""
+    numbers = sorted({int(key.split(".")[-2]) for key in state if key.startswith(f"{prefix}net.")})
+    for n in numbers:
+        x = F.linear(x, state[f"{prefix}net.{n}.weight"], state[f"{prefix}net.{n}.bias"])
+        x = x.relu() if n < numbers[-1] else x
+    return x
+
+
+def teacher_from(saved, data, device):
+    """-> teacher(obs (B, O), noise (B, A)): the most likely actions (B, A) of a checkpoint's policy, and ones drawn
+    from it, or None if it is deterministic. Raises UserError if the checkpoint does not fit the data."""
+    try:
+        kind, state = saved["policy"]["kind"], {key: value.to(device) for key, value in saved["actor"].items()}
+
+        def squashed_gaussian(obs, noise):
+            mean, log_std = layers(state, "", (obs - state["obs_mean"]) / state["obs_std"]).chunk(2, dim=-1)
+            return torch.tanh(mean), torch.tanh(mean + (log_std - 1).clamp(-20, 2).exp() * noise)
+
+        def tanh_gaussian(obs, noise):
+            mean = deterministic(obs, noise)[0]
+            return mean, (mean + state["log_std"].clamp(-20, 2).exp() * noise).clamp(-1, 1)
+
+        def deterministic(obs, noise):
+            return torch.tanh(layers(state, "", (obs - state["obs_mean"]) / state["obs_std"])), None
+
+        def latent(obs, noise):
+            code = layers(state, "latent.", (obs - state["latent.mean"]) / state["latent.std"])
+            x = torch.cat([obs, saved["max_latent"] * torch.tanh(code)], dim=-1)
+            action = layers(state, "decoder.", (x - state["decoder.mean"]) / state["decoder.std"])
+            return (action * state["decoder.act_std"] + state["decoder.act_mean"]).clamp(-1, 1), None
+
+        kinds = {f.__name__: f for f in (squashed_gaussian, tanh_gaussian, deterministic, latent)}
+        actions = kinds[kind](data.rows[:1, : data.obs_dim], torch.zeros(1, data.act_dim, device=device))[0]
+        good = actions.shape == (1, data.act_dim) and all(value.isfinite().all() for value in state.values())
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, IndexError) as error:
+        sizes = f"{data.obs_dim} observations and {data.act_dim} actions"
+        raise UserError(f"the teacher is no policy for {sizes} ({type(error).__name__}: {error})") from error
+    if not good:
+        raise UserError(f"the teacher's weights are not finite, or it has not {data.act_dim} actions")
+    return kinds[kind]
+
+
+class Adam:
+    """torch's Adam as a function of gradients, which stays inside the compiled update: torch.optim's own step breaks
+    it into pieces and costs a third of its speed. max_norm: longer gradients are shortened to it."""
+
+    def __init__(self, params, lr, eps=1e-8, max_norm=None):
+        self.params, self.lr, self.eps, self.max_norm = list(params), lr, eps, max_norm
+        self.means, self.squares = ([torch.zeros_like(p) for p in self.params] for _ in range(2))
+        self.steps = [torch.zeros((), device=p.device) for p in self.params]
+        for tensor in (*self.means, *self.squares, *self.steps):
+            torch._dynamo.mark_static_address(tensor)  # CUDA graphs refuse to change other tensors in place
+
+    def minimize(self, loss, scale=1.0):
+        """One step on a scalar loss, at `scale` times the learning rate. Only this optimiser's parameters get
+        gradients, so the critics' weights stay out of the actor's graph. autograd.grad and not loss.backward(): the
+        latter does nothing inside torch.compile."""
+        grads, compiling = list(torch.autograd.grad(loss, self.params)), torch.compiler.is_compiling()
+        options = {"foreach": True, "capturable": compiling, "maximize": False, "amsgrad": False, "weight_decay": 0.0}
+        options |= {"lr": self.lr * scale if compiling else float(self.lr * scale), "eps": self.eps}
+        options |= {"beta1": 0.9, "beta2": 0.999}
+        with torch.no_grad():
+            if self.max_norm is not None:
+                norm = torch.stack(torch._foreach_norm(grads)).norm()
+                grads = torch._foreach_mul(grads, (self.max_norm / (norm + 1e-6)).clamp(max=1.0))
+            adam(self.params, grads, self.means, self.squares, [], self.steps, **options)
+
+    def state_dict(self):
+        return {"state": [*self.steps, *self.means, *self.squares]}
+
+    def load_state_dict(self, saved):
+        for mine, value in zip(self.state_dict()["state"], saved["state"], strict=True):
+            mine.copy_(value)
+
+
+@torch.no_grad()
+def polyak(target, source, tau):
+    """target <- (1 - tau) * target + tau * source, in place."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+
+
+def numbers(**values):
+    return {key: value.detach() for key, value in values.items()}
+
+
+def compile_update(update, args):
+    """The whole update as one graph (CUDA graphs on a GPU); with --no-compile, or no compiler, the function itself."""
+    if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        print("no C++ compiler found: the update runs uncompiled, about a third slower", file=sys.stderr)
+        return update
+    torch._dynamo.config.trace_autograd_ops = True  # lets torch.autograd.grad stay inside the graph
+    mode = "reduce-overhead" if args.cuda else "default"
+    return torch.compile(update, mode=mode, fullgraph=True) if args.compile else update
+
+
+class UserError(Exception):
+    """Something the user can put right: `run_cli` prints it as one sentence and exits with code 2."""
+
+
+class Data(NamedTuple):
+    """A flat Minari dataset in memory: N transitions of whole episodes. Time limits are not terminations."""
+
+    name: str
+    rows: torch.Tensor  # (N, 2 O + A + 2) float32: observation, action, reward, next observation, terminated
+    last: torch.Tensor  # (N,) is this transition the last one of its episode?
+    obs_dim: int
+    act_dim: int
+    references: tuple[float, float]  # returns that make 0 and 100 points
+    source: minari.MinariDataset
+
+    def make_env(self):
+        return self.source.recover_environment()
+
+    def split(self, rows):
+        """-> obs (B, O), action (B, A), reward (B,), next_obs (B, O), terminated (B,)."""
+        obs, action, reward, next_obs, end = rows.split([self.obs_dim, self.act_dim, 1, self.obs_dim, 1], dim=-1)
+        return obs, action, reward.squeeze(-1), next_obs, end.squeeze(-1)
+
+    def to_tensor(self, array):
+        return torch.as_tensor(array, dtype=torch.float32, device=self.rows.device)
+
+    def score(self, mean_return):
+        """100 * (return - low) / (high - low), D4RL's points."""
+        low, high = self.references
+        return 100 * (float(mean_return) - low) / (high - low)
+
+
+def check_spec(spec, name):
+    """Making an environment runs code, and a dataset says which: nothing is made but what gymnasium's registry holds,
+    under wrappers of gymnasium that touch no file. `spec`: the dataset's own JSON. Raises UserError."""
+    harmless = "FilterObservation FlattenObservation RescaleAction RescaleObservation ClipAction TimeLimit".split()
+    try:
+        spec, places = json.loads(spec), {f"{getattr(gym.wrappers, w).__module__}:{w}" for w in harmless}
+        good = {wrapper["entry_point"] for wrapper in spec["additional_wrappers"]} <= places
+        good &= gym.registry[spec["id"]].entry_point == spec["entry_point"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{name} names no environment that gymnasium knows ({error!r}); none was made") from error
+    if not good:
+        raise UserError(f"{name} names {spec['id']} with code or wrappers that are not gymnasium's; none was made")
+
+
+def load_data(args, device):
+    """args.dataset, or the local o2o/<env_id>, which offline/collect.py makes if it is missing. Raises UserError if
+    there is no such dataset, or if it is not flat, not finite, or of no environment here."""
+    name, here = args.dataset or f"o2o/{args.env_id}", Path(__file__).resolve().parent
+    folder, scripts = Path(get_dataset_path(name)), [here / "offline/collect.py", here / "collect.py"]
+    if not folder.exists() and not args.dataset:
+        script = next((path for path in scripts if path.exists()), None)
+        print(f"there is no dataset {name} yet; it is made by {script or 'offline/collect.py'}", flush=True)
+        if script is None or subprocess.run([sys.executable, script, "--env-id", args.env_id]).returncode:
+            raise UserError(f"no dataset {name}; make it with offline/collect.py, or name one with --dataset")
+    try:
+        if not folder.exists():
+            minari.download_dataset(name)
+        check_spec(json.loads((folder / "data/metadata.json").read_text()).get("env_spec"), name)
+        source = minari.load_dataset(name)
+        env, episodes = source.recover_environment(), list(source.iterate_episodes())
+        (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
+        columns = [(e.observations[:-1], e.actions, e.rewards, e.observations[1:], e.terminations) for e in episodes]
+        rows = np.concatenate([np.column_stack(episode) for episode in columns]).astype(np.float32)
+        last = np.concatenate([np.arange(len(e.rewards)) == len(e.rewards) - 1 for e in episodes])
+        points = [source.storage.metadata.get(key) for key in ("ref_min_score", "ref_max_score")]
+        low, high = (0.0, 100.0) if None in points else map(float, points)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the store, the network or the simulator raises
+        reason = f"({' '.join(str(error).split()) or type(error).__name__})"
+        raise UserError(f"cannot use the dataset {name} {reason}; `minari list local` shows what there is") from error
+    boxed = (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
+    if not (boxed and rows.shape[1] == 2 * obs_dim + act_dim + 2 and np.isfinite(rows).all() and low < high):
+        raise UserError(f"{name} is not flat, finite and with actions in [-1, 1]; offline/convert.py makes such data")
+    data = Data(name, *(torch.from_numpy(x).to(device) for x in (rows, last)), obs_dim, act_dim, (low, high), source)
+    score = f"score {data.score(np.mean([e.rewards.sum() for e in episodes])):.1f}"
+    scale = "the return, for lack of references" if None in points else f"0 at a return of {low:.0f}, 100 at {high:.0f}"
+    print(f"dataset {name}: {len(rows)} transitions, {score} ({scale}), environment {env.spec.id}", flush=True)
+    return data
+
+
+def observation_stats(data):
+    """-> mean and std + 1e-3 of the data's observations, (O,) each; they travel in the checkpoint."""
+    obs = data.split(data.rows)[0].cpu()
+    return obs.mean(0), obs.std(0) + 1e-3
+
+
+@torch.no_grad()
+def evaluate(policy, envs, seed, device, gamma=1.0, alpha=0.0):
+    """One episode in each of the n `envs`, all at once; `policy` maps obs (n, O) and noise (n, A) to actions (n, A) and
+    their log_prob (n,). Start states and noise come from `seed` alone: no random number of training is drawn.
+    -> returns (n,), sums of gamma^t (r - alpha log_prob) (n,), and the environment steps of all episodes together."""
+    generator, alive, steps, discount = torch.Generator().manual_seed(seed), np.arange(len(envs)), 0, 1.0
+    obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
+    returns, discounted = np.zeros(len(envs)), np.zeros(len(envs))
+    while len(alive):
+        noise = torch.randn(len(envs), *envs[0].action_space.shape, generator=generator)[alive].to(device)
+        actions, log_prob = policy(torch.as_tensor(obs[alive], dtype=torch.float32, device=device), noise)
+        actions, bonus, over = actions.cpu().numpy(), -alpha * log_prob.cpu().numpy(), []
+        for i, action, extra in zip(alive, actions, bonus, strict=True):
+            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
+            returns[i], discounted[i] = returns[i] + reward, discounted[i] + discount * (reward + extra)
+            over += [i] if terminated or truncated else []
+        steps, alive, discount = steps + len(alive), np.setdiff1d(alive, over), discount * gamma
+    return returns, discounted, steps
+
+
+def mode_of(policy):
+    """The policy that executes the most likely action, for evaluate."""
+    return lambda obs, noise: (policy.mode(obs), torch.zeros(len(obs)))
+
+
+def score_policy(args, run, data, envs):
+    """-> {"score"} of the policy's mode, from the same start states in every evaluation of a run."""
+    seed = 100_000_000 + 1_000_000 * args.seed
+    return {"score": data.score(evaluate(mode_of(run.nets["actor"]), envs, seed, data.rows.device)[0].mean())}
+
+
+def closing_score(args, policy, data, envs):
+    """The score over 50 episodes or a few more, from start states that no evaluation has seen."""
+    seeds = range(200_000_000 + 1_000_000 * args.seed, 10**12, len(envs))[: -(-50 // len(envs))]
+    return data.score(np.mean([evaluate(mode_of(policy), envs, seed, data.rows.device)[0] for seed in seeds]))
+
+
+def finish(args, run, data, envs, **more):
+    """The closing score, and the checkpoint that fine-tuning loads: plain tensors, numbers and strings; `more` of it
+    than the policy."""
+    score, actor = closing_score(args, run.nets["actor"], data, envs), run.nets["actor"]
+    run.progress["closing_score"] = score
+    origin = {"format": 1, "algorithm": ALGORITHM, "env_id": args.env_id, "dataset": data.name}
+    weights = {"actor": {key: value.cpu() for key, value in actor.state_dict().items()}}
+    flags = {key: value for key, value in asdict(args).items() if key not in ("output", "run_dir", "resume")}
+    numbers = {"step": args.updates, "score": score, "args": flags, "versions": versions()}
+    save_file({**origin, **weights, **more, **numbers}, Path(args.output))
+
+
+def save_file(payload, path):
+    """Writes text, or with torch.save anything else, and never leaves half a file. Raises UserError if it fails."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(payload) if isinstance(payload, str) else torch.save(payload, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({error}); the previous file, if any, is unchanged") from error
+
+
+def load_file(path):
+    """torch.load of tensors, numbers and strings, so no code. Raises UserError if the file is missing or broken."""
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # a damaged zip or pickle raises nearly anything
+        reason = type(error).__name__ if Path(path).exists() else "there is no such file"
+        raise UserError(f"{path} is missing, incomplete or no checkpoint of ours ({reason})") from error
+
+
+def versions():
+    """Of the packages that decide what a run computes."""
+    return {name: version(name) for name in ("torch", "numpy", "gymnasium", "mujoco", "minari")}
+
+
+class Run:
+    """The run folder: args.json, metrics.jsonl and TensorBoard events, summary.json, and resume.pt, which holds
+    everything that the next update depends on. `progress` are plain numbers, strings and lists. Nothing is written
+    before `restore`, when all that can be refused has been."""
+
+    def __init__(self, args, progress):
+        default = f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.args, self.dir = args, Path(args.resume or args.run_dir or default)
+        if not args.resume and (self.dir / "args.json").exists():
+            raise UserError(f"{self.dir} holds a run already; continue it with --resume or name another --run-dir")
+        begun = args.resume and (self.dir / "resume.pt").exists()
+        self.saved = {"metrics": [], "seconds": 0.0} | (load_file(self.dir / "resume.pt") if begun else {})
+        self.progress, self.metrics = progress | self.saved.get("progress", {}), self.saved["metrics"]
+        self.started, self.writing = time.time() - self.saved["seconds"], False
+
+    def restore(self, nets, optimizers, generator):
+        """Names what resume.pt holds, loads it when this run continues one, and begins to write."""
+        self.nets, self.optimizers, self.generator = nets, optimizers, generator
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.dir / "lock", "a")  # the operating system lets go of it when the process ends
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for kind, parts in {"nets": nets, "optimizers": optimizers}.items():
+                for key, part in parts.items() if kind in self.saved else ():
+                    part.load_state_dict(self.saved[kind][key])
+            generator.set_state(self.saved.get("generator", generator.get_state()))
+        except BlockingIOError as error:
+            raise UserError(f"another process writes to {self.dir}; wait for it, or name another --run-dir") from error
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(f"{self.dir}/resume.pt does not fit this run ({type(error).__name__})") from error
+        save_file(json.dumps({"algorithm": ALGORITHM, **asdict(self.args)}, indent=1), self.dir / "args.json")
+        save_file("".join(self.metrics), self.dir / "metrics.jsonl")  # rows after resume.pt will be written again
+        if self.args.track:
+            import wandb
+
+            names = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity, "name": self.dir.name}
+            wandb.init(**names, config=asdict(self.args), sync_tensorboard=True)
+        self.board, self.writing = SummaryWriter(self.dir / "tensorboard"), True
+        self.summarize("running")
+
+    def save(self, **extra):
+        """Writes resume.pt. `extra`: what the current stage needs beyond networks, optimisers and progress."""
+        parts = {"nets": self.nets, "optimizers": self.optimizers}
+        state = {kind: {key: part.state_dict() for key, part in parts[kind].items()} for kind in parts}
+        state |= {"generator": self.generator.get_state(), "progress": self.progress, "metrics": self.metrics}
+        save_file({**state, "seconds": time.time() - self.started, **extra}, self.dir / "resume.pt")
+
+    def enter(self, stage):
+        """The border between two stages is a point to resume from."""
+        self.progress |= {"stage": stage, "step": 0}
+        self.save()
+
+    def log(self, stage, step, values):
+        """One row of metrics.jsonl, TensorBoard and the console; draws curve.png anew. Raises UserError if a number is
+        not finite: resume.pt then keeps the last good state."""
+        row = {f"{stage}/{key}": float(value) for key, value in values.items()}
+        if bad := [key for key, value in row.items() if not math.isfinite(value)]:
+            hint = f"{self.dir}/resume.pt keeps the last good state, lower the learning rates or check the data"
+            raise UserError(f"{bad[0]} is not finite at step {step}; {hint}")
+        print(f"{stage} {step}: " + ", ".join(f"{key} {float(x):.4g}" for key, x in values.items()), flush=True)
+        for key, value in row.items():
+            self.board.add_scalar(key, value, step)
+        self.metrics.append(json.dumps({"stage": stage, "step": step, **row}) + "\n")
+        with open(self.dir / "metrics.jsonl", "a") as file:
+            file.write(self.metrics[-1])
+        draw_curve(self)
+
+    def summarize(self, status):
+        """Writes and returns summary.json: scores in D4RL's points, `scores` [environment step, score]."""
+        args, progress, scores = self.args, self.progress, [score for _, score in self.progress.get("scores", [])]
+        summary = {"env_id": args.env_id, "dataset": args.dataset or f"o2o/{args.env_id}", "algorithm": ALGORITHM}
+        summary |= {"seed": args.seed, **{key: value for key, value in progress.items() if key not in PRIVATE.split()}}
+        if scores:
+            early = [score for step, score in progress["scores"] if step <= args.online_steps / 10] or scores[:1]
+            summary |= {"final_score": float(np.mean(scores[-5:])), "best_score": max(scores)}
+            summary |= {"initial_drop": progress["offline_score"] - min(early), "auc": float(np.mean(scores))}
+        summary |= {"wall_seconds": time.time() - self.started, "versions": versions(), "status": status}
+        if self.writing:  # else the run was refused
+            save_file(json.dumps(summary, indent=1), self.dir / "summary.json")
+        return summary
+
+
+def draw_curve(run):
+    """curve.png: the score over the steps of each stage, the offline policy's dashed."""
+    rows = [row for row in map(json.loads, run.metrics) if f"{row['stage']}/score" in row]
+    stages = list(dict.fromkeys(row["stage"] for row in rows)) or ["online"]
+    figure, axes = plt.subplots(1, len(stages), figsize=(4.5 * len(stages), 3.5), squeeze=False, layout="constrained")
+    for axis, stage in zip(axes[0], stages, strict=True):
+        points = [(row["step"], row[f"{stage}/score"]) for row in rows if row["stage"] == stage]
+        axis.plot([step for step, _ in points], [score for _, score in points], ".-", label=run.args.exp_name)
+        if run.progress.get("offline_score") is not None:
+            axis.axhline(run.progress["offline_score"], color="black", linestyle="--", label="offline policy")
+        axis.set(title=stage, xlabel="environment steps" if stage == "online" else "updates", ylabel="score")
+        axis.legend(fontsize=8)
+    figure.savefig(run.dir / "curve.png", dpi=100)
+    plt.close(figure)
+
+
+def check_ranges(args):
+    """Every number lies in its range, so that nothing fails, or does nonsense, after hours. Raises UserError."""
+    for (low, high), flags in RANGES.items():
+        for flag in flags.split():
+            value = getattr(args, flag)
+            if value is not None and not (isinstance(value, int | float) and low <= value <= high):
+                raise UserError(f"--{flag.replace('_', '-')} is {value}; it has to lie between {low:g} and {high:g}")
+
+
+def parse_args(argv=None):
+    """The settings of the task, or with --resume those of the run, are the defaults; the command line wins. A run that
+    is resumed may get other budgets, but not become another method. Raises UserError."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
+    if not args.resume:
+        return tyro.cli(Args, args=argv, default=replace(Args(), **settings(args)))
+    try:
+        stored = json.loads((Path(args.resume) / "args.json").read_text())
+        algorithm, default = stored.pop("algorithm"), Args(**{**stored, "resume": args.resume})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{args.resume} holds no run of this script that could be resumed ({error})") from error
+    args = tyro.cli(Args, args=argv, default=default)
+    changed = [flag for flag, value in asdict(args).items() if value != getattr(default, flag)]
+    if algorithm != ALGORITHM or not set(changed) <= set(RESUMABLE.split()):
+        raise UserError(
+            f"{args.resume} is a run of {algorithm}; when it is resumed, only these may change: {RESUMABLE}"
+        )
+    return args
+
+
+def run_cli(main):
+    """A UserError becomes one sentence on stderr and exit code 2; SIGTERM ends a run like Ctrl-C, with a summary."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs would ignore the former
+        signal.signal(number, signal.default_int_handler)
+    try:
+        main(parse_args())
+    except (UserError, OSError) as error:  # OSError: no space left, no permission
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def main(args: Args):
+    """-> what summary.json says. Raises UserError before anything is written, if it can."""
+    check_ranges(args)
+    torch.set_num_threads(args.num_threads)
+    if args.cuda and not torch.cuda.is_available():
+        raise UserError("--cuda was asked for but torch sees no CUDA device; leave it out to run on the CPU")
+    if args.output is None:
+        args.output = str(Path(__file__).resolve().parent / "checkpoints" / args.env_id / "bc.pt")
+    if Path(args.output).exists() and not (args.overwrite or args.resume):
+        raise UserError(f"{args.output} exists; pass --overwrite to replace it, or --output to write elsewhere")
+    progress = {"stage": "offline", "step": 0, "closing_score": None, "updates_per_second": {}}
+    run = Run(args, progress | {"teacher_score": None, "held_out_loss": math.inf})
+    saved = load_file(args.teacher) if args.teacher else None
+    data, status = load_data(args, torch.device("cuda" if args.cuda else "cpu")), "failed"
+    try:
+        train(args, run, data, saved)
+        status = "complete"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    finally:
+        summary = run.summarize(status)
+        print("\n".join(f"{key:15} {value:7.1f}" for key, value in summary.items() if isinstance(value, float)))
+        print(f"{status} after {summary['wall_seconds']:.0f} s; everything is in {run.dir}")
+    return summary
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,273 @@
+"""Evaluates any checkpoint, of an offline script or of a fine-tuned policy, or films it.
+
+    python tools/enjoy.py --checkpoint offline/checkpoints/hopper-medium-v2/cql.pt
+    python tools/enjoy.py --checkpoint runs/my-run/model.pt --episodes 1 --video hopper.mp4
+
+Prints the score of the policy's most likely actions: the mean over the episodes and its standard error. Start states
+are the same for every checkpoint. --json keeps the result in a file, under its name and hash; one that is in
+it already is not evaluated again.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import gymnasium as gym
+import imageio
+import minari
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from minari.storage.datasets_root_dir import get_dataset_path
+
+
+@dataclass
+class Args:
+    checkpoint: tuple[str, ...] = ()  # files to evaluate, one after the other
+    env_id: str | None = None  # task; None: the one that the checkpoint was trained on
+    dataset: str | None = None  # Minari id whose environment it is; None: o2o/<env_id>
+    episodes: int = 200  # episodes of each checkpoint
+    seed: int = 1  # start states derive from it
+    video: str | None = None  # film one episode of each checkpoint into this file, .mp4 or .gif
+    json: str | None = None  # file that keeps the scores, of this and of earlier calls
+
+
+def layers(state, prefix, x):
+    """A ReLU network whose weights are `<prefix>net.<n>.weight`, (B, inputs) -> (B, outputs)."""
+    numbers = sorted({int(key.split(".")[-2]) for key in state if key.startswith(f"{prefix}net.")})
+    for n in numbers:
+        x = F.linear(x, state[f"{prefix}net.{n}.weight"], state[f"{prefix}net.{n}.bias"])
+        x = x.relu() if n < numbers[-1] else x
+    return x
+
+
+def mode_from(saved):
+    """-> the function that maps raw observations (B, O) to the most likely actions (B, A) of a checkpoint's policy."""
+    kind, state = saved["policy"]["kind"], saved["actor"]
+
+    def squashed(obs):
+        return torch.tanh(layers(state, "", (obs - state["obs_mean"]) / state["obs_std"]))
+
+    def latent(obs):
+        code = layers(state, "latent.", (obs - state["latent.mean"]) / state["latent.std"])
+        x = torch.cat([obs, saved["max_latent"] * torch.tanh(code)], dim=-1)
+        action = layers(state, "decoder.", (x - state["decoder.mean"]) / state["decoder.std"])
+        return (action * state["decoder.act_std"] + state["decoder.act_mean"]).clamp(-1, 1)
+
+    kinds = {"squashed_gaussian": lambda obs: squashed(obs).chunk(2, dim=-1)[0], "latent": latent}
+    return {**kinds, "tanh_gaussian": squashed, "deterministic": squashed}[kind]
+
+
+def load_mode(path, data):
+    """-> mode_from the checkpoint at `path`, tried on one observation. Raises UserError if it does not fit the data."""
+    saved = load_file(path)
+    try:
+        mode = mode_from(saved)
+        actions = mode(torch.zeros(1, data.obs_dim))
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, IndexError) as error:
+        sizes = f"{data.obs_dim} observations and {data.act_dim} actions"
+        raise UserError(f"{path} holds no policy for {sizes} ({type(error).__name__}: {error})") from error
+    if actions.shape != (1, data.act_dim) or not actions.isfinite().all():
+        raise UserError(f"{path} gives actions of shape {tuple(actions.shape)}, {data.name} has {data.act_dim} of them")
+    return mode
+
+
+def film(mode, data, path, seed):
+    """One episode as a film. Raises UserError if this machine cannot render."""
+    frames = []
+    try:
+        env = data.source.recover_environment(render_mode="rgb_array")
+        obs, done = env.reset(seed=seed)[0], False
+        while not done:
+            frames.append(env.render())
+            obs, _, terminated, truncated, _ = env.step(mode(data.to_tensor(obs[None]))[0].cpu().numpy())
+            done = terminated or truncated
+        temporary = Path(path).with_name(f".{Path(path).name}")  # keeps the ending, which chooses the format
+        imageio.mimsave(temporary, frames, fps=env.metadata.get("render_fps", 30))
+        os.replace(temporary, path)
+    except Exception as error:  # whatever the renderer or the encoder raises
+        hint = "set MUJOCO_GL=egl or osmesa, and end the file's name in .mp4 or .gif"
+        raise UserError(f"cannot film ({' '.join(str(error).split()) or type(error).__name__}); {hint}") from error
+    print(f"{path}: {len(frames)} steps")
+
+
+class UserError(Exception):
+    """Something the user can put right: `run_cli` prints it as one sentence and exits with code 2."""
+
+
+class Data(NamedTuple):
+    """A flat Minari dataset in memory: N transitions of whole episodes. Time limits are not terminations."""
+
+    name: str
+    rows: torch.Tensor  # (N, 2 O + A + 2) float32: observation, action, reward, next observation, terminated
+    last: torch.Tensor  # (N,) is this transition the last one of its episode?
+    obs_dim: int
+    act_dim: int
+    references: tuple[float, float]  # returns that make 0 and 100 points
+    source: minari.MinariDataset
+
+    def make_env(self):
+        return self.source.recover_environment()
+
+    def split(self, rows):
+        """-> obs (B, O), action (B, A), reward (B,), next_obs (B, O), terminated (B,)."""
+        obs, action, reward, next_obs, end = rows.split([self.obs_dim, self.act_dim, 1, self.obs_dim, 1], dim=-1)
+        return obs, action, reward.squeeze(-1), next_obs, end.squeeze(-1)
+
+    def to_tensor(self, array):
+        return torch.as_tensor(array, dtype=torch.float32, device=self.rows.device)
+
+    def score(self, mean_return):
+        """100 * (return - low) / (high - low), D4RL's points."""
+        low, high = self.references
+        return 100 * (float(mean_return) - low) / (high - low)
+
+
+def check_spec(spec, name):
+    """Making an environment runs code, and a dataset says which: nothing is made but what gymnasium's registry holds,
+    under wrappers of gymnasium that touch no file. `spec`: the dataset's own JSON. Raises UserError."""
+    harmless = "FilterObservation FlattenObservation RescaleAction RescaleObservation ClipAction TimeLimit".split()
+    try:
+        spec, places = json.loads(spec), {f"{getattr(gym.wrappers, w).__module__}:{w}" for w in harmless}
+        good = {wrapper["entry_point"] for wrapper in spec["additional_wrappers"]} <= places
+        good &= gym.registry[spec["id"]].entry_point == spec["entry_point"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{name} names no environment that gymnasium knows ({error!r}); none was made") from error
+    if not good:
+        raise UserError(f"{name} names {spec['id']} with code or wrappers that are not gymnasium's; none was made")
+
+
+def load_data(args, device):
+    """args.dataset, or the local o2o/<env_id>, which offline/collect.py makes if it is missing. Raises UserError if
+    there is no such dataset, or if it is not flat, not finite, or of no environment here."""
+    name, here = args.dataset or f"o2o/{args.env_id}", Path(__file__).resolve().parent
+    folder, scripts = Path(get_dataset_path(name)), [here / "offline/collect.py", here / "collect.py"]
+    if not folder.exists() and not args.dataset:
+        script = next((path for path in scripts if path.exists()), None)
+        print(f"there is no dataset {name} yet; it is made by {script or 'offline/collect.py'}", flush=True)
+        if script is None or subprocess.run([sys.executable, script, "--env-id", args.env_id]).returncode:
+            raise UserError(f"no dataset {name}; make it with offline/collect.py, or name one with --dataset")
+    try:
+        if not folder.exists():
+            minari.download_dataset(name)
+        check_spec(json.loads((folder / "data/metadata.json").read_text()).get("env_spec"), name)
+        source = minari.load_dataset(name)
+        env, episodes = source.recover_environment(), list(source.iterate_episodes())
+        (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
+        columns = [(e.observations[:-1], e.actions, e.rewards, e.observations[1:], e.terminations) for e in episodes]
+        rows = np.concatenate([np.column_stack(episode) for episode in columns]).astype(np.float32)
+        last = np.concatenate([np.arange(len(e.rewards)) == len(e.rewards) - 1 for e in episodes])
+        points = [source.storage.metadata.get(key) for key in ("ref_min_score", "ref_max_score")]
+        low, high = (0.0, 100.0) if None in points else map(float, points)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the store, the network or the simulator raises
+        reason = f"({' '.join(str(error).split()) or type(error).__name__})"
+        raise UserError(f"cannot use the dataset {name} {reason}; `minari list local` shows what there is") from error
+    boxed = (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
+    if not (boxed and rows.shape[1] == 2 * obs_dim + act_dim + 2 and np.isfinite(rows).all() and low < high):
+        raise UserError(f"{name} is not flat, finite and with actions in [-1, 1]; offline/convert.py makes such data")
+    data = Data(name, *(torch.from_numpy(x).to(device) for x in (rows, last)), obs_dim, act_dim, (low, high), source)
+    score = f"score {data.score(np.mean([e.rewards.sum() for e in episodes])):.1f}"
+    scale = "the return, for lack of references" if None in points else f"0 at a return of {low:.0f}, 100 at {high:.0f}"
+    print(f"dataset {name}: {len(rows)} transitions, {score} ({scale}), environment {env.spec.id}", flush=True)
+    return data
+
+
+@torch.no_grad()
+def evaluate(policy, envs, seed, device, gamma=1.0, alpha=0.0):
+    """One episode in each of the n `envs`, all at once; `policy` maps obs (n, O) and noise (n, A) to actions (n, A) and
+    their log_prob (n,). Start states and noise come from `seed` alone: no random number of training is drawn.
+    -> returns (n,), sums of gamma^t (r - alpha log_prob) (n,), and the environment steps of all episodes together."""
+    generator, alive, steps, discount = torch.Generator().manual_seed(seed), np.arange(len(envs)), 0, 1.0
+    obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
+    returns, discounted = np.zeros(len(envs)), np.zeros(len(envs))
+    while len(alive):
+        noise = torch.randn(len(envs), *envs[0].action_space.shape, generator=generator)[alive].to(device)
+        actions, log_prob = policy(torch.as_tensor(obs[alive], dtype=torch.float32, device=device), noise)
+        actions, bonus, over = actions.cpu().numpy(), -alpha * log_prob.cpu().numpy(), []
+        for i, action, extra in zip(alive, actions, bonus, strict=True):
+            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
+            returns[i], discounted[i] = returns[i] + reward, discounted[i] + discount * (reward + extra)
+            over += [i] if terminated or truncated else []
+        steps, alive, discount = steps + len(alive), np.setdiff1d(alive, over), discount * gamma
+    return returns, discounted, steps
+
+
+def save_file(payload, path):
+    """Writes text, or with torch.save anything else, and never leaves half a file. Raises UserError if it fails."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(payload) if isinstance(payload, str) else torch.save(payload, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({error}); the previous file, if any, is unchanged") from error
+
+
+def load_file(path):
+    """torch.load of tensors, numbers and strings, so no code. Raises UserError if the file is missing or broken."""
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # a damaged zip or pickle raises nearly anything
+        reason = type(error).__name__ if Path(path).exists() else "there is no such file"
+        raise UserError(f"{path} is missing, incomplete or no checkpoint of ours ({reason})") from error
+
+
+def versions():
+    """Of the packages that decide what a run computes."""
+    return {name: version(name) for name in ("torch", "numpy", "gymnasium", "mujoco", "minari")}
+
+
+def main(args: Args):
+    if not args.checkpoint or args.episodes < 1 or args.seed < 0:
+        raise UserError("name a --checkpoint, at least one of --episodes, and a --seed that is not negative")
+    torch.set_num_threads(1)
+    device, known, data = torch.device("cpu"), {"episodes": args.episodes, "policies": {}}, {}
+    if args.json and Path(args.json).exists():
+        try:
+            known = json.loads(Path(args.json).read_text())
+            good = known["episodes"] == args.episodes and isinstance(known["policies"], dict)
+        except (ValueError, KeyError, TypeError):
+            good = False
+        if not good:
+            raise UserError(f"{args.json} holds no scores over {args.episodes} episodes; name another file")
+    for path in map(Path, args.checkpoint):
+        task = args.env_id or str(load_file(path).get("env_id"))
+        name, digest = f"{path.parent.name}/{path.name}", hashlib.sha256(path.read_bytes()).hexdigest()
+        if known["policies"].get(name, {}).get("sha256") == digest and not args.video:
+            print(f"{path}: known")
+            continue
+        if task not in data:
+            data[task] = load_data(Args(env_id=task, dataset=args.dataset), device)
+        mode = load_mode(path, data[task])
+        if args.video:
+            film(mode, data[task], args.video, args.seed)
+        envs, scores = [data[task].make_env() for _ in range(min(10, args.episodes))], []
+        policy = lambda obs, _, mode=mode: (mode(obs), torch.zeros(len(obs)))  # noqa: E731
+        while len(scores) < args.episodes:
+            seed = 300_000_000 + 1_000_000 * args.seed + len(scores)
+            scores += [data[task].score(x) for x in evaluate(policy, envs, seed, device)[0]]
+        scores = scores[: args.episodes]
+        error = float(np.std(scores, ddof=1) / len(scores) ** 0.5) if len(scores) > 1 else 0.0
+        known["policies"][name] = {"score": float(np.mean(scores)), "error": error, "sha256": digest}
+        print(f"{path}: score {np.mean(scores):.1f} +- {error:.1f} over {len(scores)} episodes", flush=True)
+        if args.json:
+            save_file(json.dumps({**known, "versions": versions()}, indent=1), Path(args.json))
+    return known["policies"]
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
