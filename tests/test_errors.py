@@ -54,7 +54,7 @@ def test_missing_and_corrupt_checkpoints(capsys, monkeypatch, tmp_path, checkpoi
     torch.save({"format": 1}, broken)
     assert "format 1" in refused(capsys, monkeypatch, o2o_sac, "--checkpoint", broken, *run_dir)
     torch.save([1, 2], broken)
-    assert "format 1" in refused(capsys, monkeypatch, o2o_sac, "--checkpoint", broken, *run_dir)
+    assert "no checkpoint of ours" in refused(capsys, monkeypatch, o2o_sac, "--checkpoint", broken, *run_dir)
     assert not (tmp_path / "run").exists()
 
 

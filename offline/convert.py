@@ -1,0 +1,271 @@
+"""Foreign data into datasets that the scripts read: flat, in [-1, 1], with their environment and reference returns.
+
+    python offline/convert.py hopper.hdf5 --to mine/hopper-medium-v2 --env Hopper-v4  # a file in D4RL's layout
+    python offline/convert.py D4RL/pointmaze/umaze-v2 --to mine/umaze-v0  # a Minari dataset, downloaded if need be
+    python o2o_sac.py --env-id hopper-medium-v2 --dataset mine/hopper-medium-v2  # and that is how it is used
+
+A D4RL file has no next state where an episode ends by time limit: that last step is dropped. D4RL collected its
+locomotion data on the environments that gymnasium calls v4; it is the user who knows, so --env has to name one.
+
+Of a Minari dataset the environment comes along, and its wrappers. A dictionary of observations is flattened (--keys
+chooses from it), and actions of another box are rescaled: by wrappers of gymnasium that become part of the dataset's
+environment, so that the policy meets the same numbers online.
+
+All that can be wrong with foreign data is looked for here, before the first write: missing keys, lengths, dimensions,
+numbers that are not finite, an environment that gymnasium does not know.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium as gym
+import h5py
+import minari
+import numpy as np
+import tyro
+from minari.data_collector import EpisodeBuffer
+from minari.namespace import create_namespace, list_local_namespaces
+from minari.storage.datasets_root_dir import get_dataset_path
+
+
+@dataclass
+class Args:
+    source: tyro.conf.Positional[str]  # a .hdf5 file in D4RL's layout, or a Minari id, local or remote
+    to: str = ""  # id of the dataset to write, such as mine/hopper-medium-v2
+    env: str | None = None  # gymnasium id of the environment; None: the one that a Minari dataset names
+    keys: tuple[str, ...] = ()  # of a dictionary of observations, the parts to keep; none: all
+    ref_min: float | None = None  # return of 0 points; None: the source's, or D4RL's for its environments
+    ref_max: float | None = None  # return of 100 points
+    overwrite: bool = False  # replace the dataset if it exists
+
+
+# D4RL's returns of 0 and 100 points, by the environment's name without its version
+REFERENCES = {
+    "Hopper": (-20.272305, 3234.3),
+    "Walker2d": (1.629008, 4592.3),
+    "HalfCheetah": (-280.178953, 12135.0),
+    "Ant": (-325.6, 3879.7),
+}
+
+
+def read_d4rl(path):
+    """-> episodes [(observations (T+1, O), actions (T, A), rewards (T,), terminations (T,))] of a file in D4RL layout.
+    Raises UserError if it is no such file, or if its columns do not fit together."""
+    try:
+        with h5py.File(path) as file:
+            obs, actions, rewards, ends = (file[key][()] for key in ("observations", "actions", "rewards", "terminals"))
+            limits = file["timeouts"][()] if "timeouts" in file else np.zeros(len(ends))
+        lengths = {len(column) for column in (obs, actions, rewards, ends, limits)}
+        ends, limits = ends.astype(bool).ravel(), limits.astype(bool).ravel()
+        obs, actions, rewards = (column.astype(np.float32) for column in (obs, actions, rewards))
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is not a complete HDF5 file in D4RL's layout ({error})") from error
+    if len(lengths) != 1:
+        raise UserError(f"{path}: observations, actions, rewards, terminals and timeouts differ in length")
+    episodes, start = [], 0
+    for last in np.flatnonzero(ends | limits | (np.arange(len(ends)) == len(ends) - 1)):
+        if ends[last]:  # the state after a terminal is never used, so any will do
+            observations, stop = np.concatenate([obs[start : last + 1], obs[last : last + 1]]), last + 1
+        else:
+            observations, stop = obs[start : last + 1], last
+        if stop > start:
+            episodes.append((observations, actions[start:stop], rewards[start:stop].ravel(), ends[start:stop]))
+        start = last + 1
+    return episodes
+
+
+def read_minari(name):
+    """-> the episodes of a Minari dataset, observations as they are, and the dataset. Its environment has been checked
+    before anything made it. Raises UserError."""
+    try:
+        folder = Path(get_dataset_path(name))
+        if not folder.exists():
+            minari.download_dataset(name)
+        spec = json.loads((folder / "data/metadata.json").read_text()).get("env_spec")
+    except Exception as error:  # whatever the store or the network raises
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"cannot read the dataset {name} ({reason}); `minari list local` shows what there is"
+        ) from error
+    check_spec(spec, name)
+    try:
+        source = minari.load_dataset(name)
+        episodes = [(e.observations, e.actions, e.rewards, e.terminations) for e in source.iterate_episodes()]
+    except Exception as error:  # a damaged store raises nearly anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"cannot read the dataset {name} ({reason}); `minari list local` shows what there is"
+        ) from error
+    return episodes, source
+
+
+def flat_environment(env, keys):
+    """-> the environment with flat observations and actions in [-1, 1], and the functions that do the same to arrays of
+    its observations and actions. Raises UserError if it cannot be flattened."""
+    space = env.observation_space
+    if keys and not (isinstance(space, gym.spaces.Dict) and set(keys) <= set(space.spaces)):
+        known = list(getattr(space, "spaces", {}))
+        raise UserError(f"--keys {' '.join(keys)} are not among the observations {known} of {env.spec.id}")
+    env = gym.wrappers.FilterObservation(env, list(keys)) if keys else env
+    parts = list(env.observation_space.spaces) if isinstance(space, gym.spaces.Dict) else []
+    env = gym.wrappers.FlattenObservation(env) if not is_flat(space) else env
+    box = env.action_space
+    if not (is_flat(box) and np.isfinite(box.low).all() and np.isfinite(box.high).all()):
+        raise UserError(f"the actions of {env.spec.id} are no flat box with borders")
+    low, high = box.low.copy(), box.high.copy()
+    same = (low == -1).all() and (high == 1).all()
+    env = env if same else gym.wrappers.RescaleAction(env, -1.0, 1.0)
+
+    def observations(obs):
+        if not parts:
+            return np.asarray(obs, np.float32).reshape(len(obs), -1)
+        return np.concatenate([np.asarray(obs[key], np.float32).reshape(len(obs[key]), -1) for key in parts], axis=1)
+
+    def actions(action):
+        action = np.asarray(action, np.float64).reshape(len(action), -1)
+        scaled = action if same else 2 * (action - low) / (high - low) - 1
+        return scaled.clip(-1, 1).astype(np.float32)  # a policy's sample may lie outside; what was executed does not
+
+    return env, observations, actions
+
+
+def is_flat(space):
+    return isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+
+
+def convert(args):
+    """-> episodes ready to be written, the environment, the reference returns. Raises UserError."""
+    references, name = (None, None), args.source
+    if name.endswith((".hdf5", ".h5")):
+        if args.env is None:
+            raise UserError(
+                f"{name} does not say where it was collected; name the environment, such as --env Hopper-v4"
+            )
+        raw = read_d4rl(name)
+    else:
+        raw, source = read_minari(name)
+        references = tuple(source.storage.metadata.get(key) for key in ("ref_min_score", "ref_max_score"))
+    try:
+        env = gym.make(args.env) if args.env else source.recover_environment()
+        known = REFERENCES.get(env.spec.id.split("-v")[0], (None, None))
+    except Exception as error:  # whatever gymnasium or the simulator raises
+        reason = " ".join(str(error).split())
+        raise UserError(f"the environment of {name} cannot be made here ({reason}); name another with --env") from error
+    env, observations, actions = flat_environment(env, args.keys)
+    (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
+    episodes = []
+    for i, (obs, action, reward, ends) in enumerate(raw):
+        try:
+            obs, action, steps = observations(obs), actions(action), len(reward)
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            raise UserError(f"{name}, episode {i}: does not fit {env.spec.id} ({error})") from error
+        shapes, expected = (obs.shape, action.shape), ((steps + 1, obs_dim), (steps, act_dim))
+        if shapes != expected or len(ends) != steps:
+            raise UserError(f"{name}, episode {i}: observations and actions have shapes {shapes}, expected {expected}")
+        if not all(np.isfinite(x).all() for x in (obs, action, reward)):
+            raise UserError(f"{name}, episode {i} holds NaN or infinite numbers; remove it first")
+        truncated = np.zeros(steps, bool)
+        truncated[-1] = not ends[-1]
+        rewards, ends = np.asarray(reward, np.float32), np.asarray(ends, bool)
+        episodes.append(EpisodeBuffer(None, None, None, obs, action, rewards, ends, truncated))
+    if not episodes:
+        raise UserError(f"{name} is empty")
+    low = next((x for x in (args.ref_min, references[0], known[0]) if x is not None), None)
+    high = next((x for x in (args.ref_max, references[1], known[1]) if x is not None), None)
+    if (low is None) != (high is None) or (low is not None and not low < high):
+        raise UserError(f"the returns of 0 and of 100 points are {low} and {high}; give --ref-min below --ref-max")
+    return episodes, env, (low, high)
+
+
+def write_dataset(args, episodes, env, references):
+    """All of it or nothing: written into a store of its own, then renamed."""
+    root, target = get_dataset_path(), Path(get_dataset_path(args.to))
+    low, high = references
+    options = {} if low is None else {"ref_min_score": float(low), "ref_max_score": float(high)}
+    with tempfile.TemporaryDirectory(dir=root, prefix=".convert-") as store, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Minari would like an author's e-mail address
+        os.environ["MINARI_DATASETS_PATH"] = store
+        try:
+            minari.create_dataset_from_buffers(
+                args.to,
+                episodes,
+                env=env,
+                eval_env=env,
+                observation_space=gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape, np.float32),
+                action_space=gym.spaces.Box(-1, 1, env.action_space.shape, np.float32),
+                algorithm_name="unknown",
+                author="o2o",
+                code_permalink="offline/convert.py",
+                description=f"{args.source}, converted by offline/convert.py",
+                **options,
+            )
+        finally:
+            os.environ["MINARI_DATASETS_PATH"] = str(root)
+        namespace = args.to.rsplit("/", 1)[0]
+        if "/" in args.to and namespace not in list_local_namespaces():
+            create_namespace(namespace)
+        if target.exists():
+            shutil.rmtree(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(Path(store) / args.to, target)
+    total, mean = sum(len(e.rewards) for e in episodes), np.mean([sum(e.rewards) for e in episodes])
+    points = "no reference returns" if low is None else f"0 points at a return of {low:g}, 100 at {high:g}"
+    print(
+        f"{args.to}: {total} transitions, {len(episodes)} episodes on {env.spec.id}, mean return {mean:.1f}, {points}"
+    )
+
+
+class UserError(Exception):
+    """Something the user can put right: `run_cli` prints it as one sentence and exits with code 2."""
+
+
+def check_spec(spec, name):
+    """Making an environment runs code, and a dataset says which: nothing is made but what gymnasium's registry holds,
+    under wrappers of gymnasium that touch no file. `spec`: the dataset's own JSON. Raises UserError."""
+    harmless = "FilterObservation FlattenObservation RescaleAction RescaleObservation ClipAction TimeLimit".split()
+    try:
+        spec, places = json.loads(spec), {f"{getattr(gym.wrappers, w).__module__}:{w}" for w in harmless}
+        good = {wrapper["entry_point"] for wrapper in spec["additional_wrappers"]} <= places
+        good &= gym.registry[spec["id"]].entry_point == spec["entry_point"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{name} names no environment that gymnasium knows ({error!r}); none was made") from error
+    if not good:
+        raise UserError(f"{name} names {spec['id']} with code or wrappers that are not gymnasium's; none was made")
+
+
+def parse_args():
+    return tyro.cli(Args)
+
+
+def run_cli(main):
+    """A UserError becomes one sentence on stderr and exit code 2; SIGTERM ends a run like Ctrl-C, with a summary."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs would ignore the former
+        signal.signal(number, signal.default_int_handler)
+    try:
+        main(parse_args())
+    except (UserError, OSError) as error:  # OSError: no space left, no permission
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def main(args: Args):
+    if not re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", args.to):
+        raise UserError(f"--to '{args.to}' is no name for a dataset: it ends in a version, as mine/hopper-medium-v2 does")
+    target = Path(get_dataset_path(args.to))
+    if target.exists() and not args.overwrite:
+        raise UserError(f"dataset {args.to} exists at {target}; pass --overwrite to make it again")
+    write_dataset(args, *convert(args))
+
+
+if __name__ == "__main__":
+    run_cli(main)
