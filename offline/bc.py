@@ -370,12 +370,6 @@ class Adam:
             mine.copy_(value)
 
 
-@torch.no_grad()
-def polyak(target, source, tau):
-    """target <- (1 - tau) * target + tau * source, in place."""
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
-
-
 def numbers(**values):
     return {key: value.detach() for key, value in values.items()}
 
@@ -624,7 +618,11 @@ class Run:
     def summarize(self, status):
         """Writes and returns summary.json: scores in D4RL's points, `scores` [environment step, score]."""
         args, progress, scores = self.args, self.progress, [score for _, score in self.progress.get("scores", [])]
-        summary = {"env_id": args.env_id, "dataset": args.dataset or f"o2o/{args.env_id}", "algorithm": ALGORITHM}
+        summary = {
+            "env_id": args.env_id,
+            "dataset": getattr(args, "dataset", None) or f"o2o/{args.env_id}",
+            "algorithm": ALGORITHM,
+        }
         summary |= {"seed": args.seed, **{key: value for key, value in progress.items() if key not in PRIVATE.split()}}
         if scores:
             early = [score for step, score in progress["scores"] if step <= args.online_steps / 10] or scores[:1]

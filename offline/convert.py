@@ -260,7 +260,7 @@ def run_cli(main):
 
 def main(args: Args):
     if not re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", args.to):
-        raise UserError(f"--to '{args.to}' is no name for a dataset: it ends in a version, as mine/hopper-medium-v2 does")
+        raise UserError(f"--to '{args.to}' is no name for a dataset: it ends in a version, as in mine/hopper-v0")
     target = Path(get_dataset_path(args.to))
     if target.exists() and not args.overwrite:
         raise UserError(f"dataset {args.to} exists at {target}; pass --overwrite to make it again")

@@ -564,7 +564,11 @@ class Run:
     def summarize(self, status):
         """Writes and returns summary.json: scores in D4RL's points, `scores` [environment step, score]."""
         args, progress, scores = self.args, self.progress, [score for _, score in self.progress.get("scores", [])]
-        summary = {"env_id": args.env_id, "dataset": args.dataset or f"o2o/{args.env_id}", "algorithm": ALGORITHM}
+        summary = {
+            "env_id": args.env_id,
+            "dataset": getattr(args, "dataset", None) or f"o2o/{args.env_id}",
+            "algorithm": ALGORITHM,
+        }
         summary |= {"seed": args.seed, **{key: value for key, value in progress.items() if key not in PRIVATE.split()}}
         if scores:
             early = [score for step, score in progress["scores"] if step <= args.online_steps / 10] or scores[:1]

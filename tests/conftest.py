@@ -1,5 +1,4 @@
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -116,12 +115,5 @@ def tiny_args(script, checkpoint, run_dir, **changes):
 @pytest.fixture
 def tiny(script, checkpoints, tmp_path):
     """tiny_args of the script, in tmp_path/run; keyword arguments change them."""
-    return lambda **changes: tiny_args(script, checkpoints[script], tmp_path / "run", **changes)
-
-
-def command(module, **flags):
-    """Runs a script of ours as a user does. -> the finished process."""
-    argv = [f"--{key.replace('_', '-')}={value}" for key, value in flags.items() if not isinstance(value, bool)]
-    argv += [f"--{'' if v else 'no-'}{key.replace('_', '-')}" for key, v in flags.items() if isinstance(v, bool)]
-    path = next(path for path in (ROOT / f"{module}.py", ROOT / f"offline/{module}.py") if path.exists())
-    return subprocess.run([sys.executable, path, *argv], capture_output=True, text=True, check=False)
+    settings = {"checkpoint": checkpoints[script], "run_dir": tmp_path / "run"}
+    return lambda **changes: tiny_args(script, **(settings | changes))

@@ -20,9 +20,9 @@ import tyro
 from conftest import ROOT, TASK
 
 sys.path.insert(0, str(ROOT / "results"))
-import benchmark  # noqa: E402
 import critics  # noqa: E402
 
+import benchmark  # noqa: E402
 import o2o_sac  # noqa: E402
 
 TINY = "--reevaluation-steps 4 --alignment-steps 4 --online-steps 8 --warm-up 4 --eval-every 4 --eval-every-updates 2"

@@ -463,12 +463,12 @@ def test_the_reference_of_ppo_is_renewed_only_by_a_better_policy_or_at_intervals
 @ON_POLICY
 def test_what_ppo_learns_from_is_the_rollout_with_the_references_advantage(script, tiny, tmp_path, monkeypatch):
     """The rows of the first update, worked out again from the rollout; and that the reference changes the policy."""
-    seen, real_rollout, real_updates = {}, script.collect_rollout, script.make_updates
+    seen, real_rollout, real_updates = {}, script.Rollout.collect, script.make_updates
 
-    def collect_rollout(args, actor, *rest):
+    def collect_rollout(rollout, actor, *rest):
         seen["policy"] = deepcopy(actor)
-        result = real_rollout(args, actor, *rest)
-        seen.setdefault("batch", result[0])
+        result = real_rollout(rollout, actor, *rest)
+        seen.setdefault("batch", result)
         return result
 
     def make_updates(args, nets, *rest):
@@ -483,7 +483,7 @@ def test_what_ppo_learns_from_is_the_rollout_with_the_references_advantage(scrip
 
         return reevaluate, spied
 
-    monkeypatch.setattr(script, "collect_rollout", collect_rollout)
+    monkeypatch.setattr(script.Rollout, "collect", collect_rollout)
     monkeypatch.setattr(script, "make_updates", make_updates)
     settings = {"rollout": 16, "minibatch_size": 16, "epochs": 1, "num_envs": 2, "online_steps": 16, "eval_every": 16}
     script.main(tiny(alignment_steps=1000, **settings))
@@ -550,20 +550,21 @@ class Counter(gym.Env):
         return obs, 1.0, over and self.ends, over and not self.ends, {}
 
 
-def test_a_rollout_of_several_environments_holds_only_real_transitions():
+def test_a_rollout_of_several_environments_holds_only_real_transitions(monkeypatch):
     """Nothing crosses the end of an episode: neither the reset's observation as a next one nor a step that resets."""
-    envs = gym.vector.SyncVectorEnv(
-        [lambda: Counter(0, 3, True), lambda: Counter(1, 4, False)], autoreset_mode=o2o_ppo.AutoresetMode.SAME_STEP
-    )
+    made = [Counter(0, 3, True), Counter(1, 4, False)]
+    data = o2o_ppo.Data("", torch.zeros(1, 5), None, 1, 2, (0, 1), None)
     actor = o2o_ppo.TanhGaussianActor(torch.zeros(1), torch.ones(1), 2, (8,), std=2.0)
-    args, generator = o2o_ppo.Args(rollout=20, num_envs=2), torch.Generator().manual_seed(0)
-    batch, last = o2o_ppo.collect_rollout(args, actor, envs, envs.reset()[0], generator, None, "cpu")
+    monkeypatch.setattr(o2o_ppo.Data, "make_env", lambda data: made.pop(0))
+    rollout = o2o_ppo.Rollout(o2o_ppo.Args(rollout=20, num_envs=2), data, None)
+    rollout.begin()
+    batch = rollout.collect(actor, torch.Generator().manual_seed(0), 1)
+    last = np.stack(rollout.obs)
     obs, action, log_prob, reward, next_obs, terminated, done = batch
     assert obs.shape == next_obs.shape == (10, 2, 1) and action.shape == (10, 2, 2) and log_prob.shape == (10, 2)
-    assert obs[:, 0, 0].tolist() == [0, 1, 2] * 3 + [0] and obs[:, 1, 0].tolist() == [100, 101, 102, 103] * 2 + [
-        100,
-        101,
-    ]
+    assert obs[:, 0, 0].tolist() == [0, 1, 2] * 3 + [0]
+    assert obs[:, 1, 0].tolist() == [100, 101, 102, 103] * 2 + [100, 101]
+    assert [len(actions) for actions in rollout.actions] == [1, 2], "what a resumed run repeats"
     torch.testing.assert_close(next_obs, obs + 1)
     assert last[:, 0].tolist() == [1, 102]
     assert terminated[:, 0].tolist() == [0, 0, 1] * 3 + [0] and terminated[:, 1].sum() == 0
@@ -591,18 +592,17 @@ def test_the_learning_rate_of_iqls_policy_falls_along_a_cosine_and_rewards_are_s
     scales, rewards = [], []
 
     def spying(update, *_):
-        def spied(rows, scale):
+        def spied(rows, noise, scale):
             scales.append(scale.item())
             rewards.append(rows[:, 14].clone())
-            return update(rows, scale)
+            return update(rows, noise, scale)
 
         return spied
 
     monkeypatch.setattr(iql, "compile_update", spying)
-    settings = {"updates": 4, "eval_every": 4, "eval_episodes": 1, "batch_size": 64, "compile": False}
+    settings = {"updates": 4, "eval_every_updates": 4, "eval_episodes": 1, "batch_size": 64, "compile": False}
     iql.main(iql.Args(output=str(tmp_path / "iql.pt"), run_dir=str(tmp_path / "run"), **settings))
     assert scales == pytest.approx([1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2])
-    data = iql.load_dataset("hopper-medium-v2")
-    spread = data.returns.max() - data.returns.min()
-    raw = torch.cat(rewards) * spread / 1000
+    data = iql.load_data(iql.Args(), torch.device("cpu"))
+    raw = torch.cat(rewards) / torch.load(tmp_path / "iql.pt", weights_only=True)["reward_scale"]
     assert (raw.unsqueeze(1) - data.rows[:, 14]).abs().amin(1).max() < 1e-4, "not rewards of the data"
