@@ -137,7 +137,7 @@ def test_a_run_that_fails_is_named(tmp_path):
 
 
 def test_slurm_submits_arrays_whose_tasks_run_the_list(tmp_path):
-    subprocess.run(["bash", "-n", ROOT / "results/slurm.sh"], check=True)
+    subprocess.run(["bash", "-n", ROOT / "benchmark/slurm.sh"], check=True)
     sbatch = tmp_path / "bin" / "sbatch"
     sbatch.parent.mkdir()
     sbatch.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> {tmp_path}/calls\necho "77;cluster"\n')
@@ -162,7 +162,7 @@ def test_slurm_submits_arrays_whose_tasks_run_the_list(tmp_path):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     for index in ("1", "3"):
         environment = {**os.environ, "PATH": path, "SLURM_ARRAY_TASK_ID": index}
-        subprocess.run(["bash", "results/slurm.sh", *passed], cwd=ROOT, env=environment, check=True)
+        subprocess.run(["bash", "benchmark/slurm.sh", *passed], cwd=ROOT, env=environment, check=True)
     assert job.complete(tmp_path / "runs")
     assert not (tmp_path / "runs/o2o_td3" / TASK / "full" / "1").exists()
 

@@ -2,53 +2,49 @@
 
 import hashlib
 import json
-import re
 import shutil
-import sys
 
+import enjoy  # noqa: E402
 import numpy as np
 import pytest
+import report  # noqa: E402
 import torch
 from conftest import ROOT, TASK
 
-sys.path.insert(0, str(ROOT / "results"))
-import policies  # noqa: E402
-import report  # noqa: E402
+
+def test_every_figure_is_shown_and_every_table_has_a_place():
+    """That the tables are those of the runs is what `python benchmark/report.py --check` tells."""
+    shown = (ROOT / "README.md").read_text() + (ROOT / "results/README.md").read_text().replace("](", "](results/")
+    for path in report.RESULTS.glob("*.png"):
+        assert f"](results/{path.name})" in shown, f"no README shows {path.name}"
 
 
-def test_committed_tables_and_figures_come_out_of_the_committed_runs(tmp_path):
-    for path in report.RESULTS.glob("*/*/*/*/*.json*"):
-        copy = tmp_path / path.relative_to(report.RESULTS)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, copy)
-    report.main(tmp_path)
-    readme = (ROOT / "README.md").read_text()
-    tables = dict(part.split("\n\n", 1) for part in (tmp_path / "report.md").read_text().strip()[3:].split("\n\n## "))
-    tables |= {"checkpoints": report.checkpoint_table(), "behaviour": report.behaviour_table()}
-    assert set(tables) == set(re.findall(r"<!-- results: (\w+) -->", readme))
-    for name, lines in tables.items():
-        assert f"<!-- results: {name} -->\n{lines}\n<!-- end -->" in readme, name
-    for name in ("runs.csv", "curves.csv"):
-        assert (tmp_path / name).read_bytes() == (report.RESULTS / name).read_bytes()
-    drawn = {path.name for path in tmp_path.glob("*.png")}
-    assert drawn == {path.name for path in report.RESULTS.glob("*.png")}
-    for name in drawn:
-        assert (tmp_path / name).read_bytes() == (report.RESULTS / name).read_bytes(), f"{name} is stale"
-        assert f"](results/{name})" in readme, f"README does not show {name}"
+def test_check_sees_a_table_that_is_stale(tmp_path, monkeypatch):
+    run_folder(tmp_path, "o2o_td3", "full", 1, [40.0, 60.0, 70.0])
+    report.main(report.Args(tmp_path))
+    report.main(report.Args(tmp_path, check=True))
+    (tmp_path / "runs.csv").write_text((tmp_path / "runs.csv").read_text().replace("70.00", "71.00"))
+    with pytest.raises(SystemExit, match=r"runs\.csv"):
+        report.main(report.Args(tmp_path, check=True))
 
 
 def test_every_policy_that_ships_was_scored_as_it_is():
     measured = json.loads((report.RESULTS / "policies.json").read_text())["policies"]
     for path in (ROOT / "offline/checkpoints").glob("*-v2/*.pt"):
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        assert measured[f"{path.parent.name}/{path.name}"]["sha256"] == digest, "run results/policies.py"
+        assert measured[f"{path.parent.name}/{path.name}"]["sha256"] == digest, (
+            "run tools/enjoy.py with --json results/policies.json"
+        )
 
 
-def test_the_score_of_a_policy_is_the_mean_of_its_episodes():
-    path = ROOT / "offline/checkpoints" / TASK / "iql.pt"
-    found = policies.score(path, episodes=20)
-    assert found["score"] == pytest.approx(90, abs=4) and 0 < found["error"] < 3
-    assert policies.load(path.with_name("lapo.pt"), 11, 3).mode(torch.zeros(2, 11)).shape == (2, 3)
+def test_the_score_of_a_policy_is_the_mean_of_its_episodes(tmp_path, minari_store):
+    paths = [str(ROOT / "offline/checkpoints" / TASK / f"{name}.pt") for name in ("iql", "lapo")]
+    found = enjoy.main(enjoy.Args(checkpoint=paths[:1], episodes=20, json=str(tmp_path / "scores.json")))
+    (score,) = found.values()
+    assert score["score"] == pytest.approx(90, abs=4) and 0 < score["error"] < 3
+    assert json.loads((tmp_path / "scores.json").read_text())["policies"] == found
+    data = enjoy.load_data(enjoy.Args(env_id=TASK), torch.device("cpu"))
+    assert enjoy.load_mode(paths[1], data)(torch.zeros(2, 11)).shape == (2, 3)
 
 
 def test_interquartile_mean_and_its_interval():
@@ -90,7 +86,7 @@ def test_tables_of_runs_made_by_hand(tmp_path):
         run_folder(tmp_path, "o2o_td3", "full", seed, [40.0, 60.0, last])
     run_folder(tmp_path, "o2o_td3", "no-align", 1, [30.0, 20.0, 25.0])
     run_folder(tmp_path, "o2o_td3", "no-align", 2, [99.0, 99.0, 99.0], status="interrupted")
-    report.main(tmp_path)
+    report.main(report.Args(tmp_path))
     rows = (tmp_path / "report.md").read_text().split("## o2o_td3\n\n")[1].strip().splitlines()[2:]
     full, ablated = ([word.strip() for word in row.strip("|").split("|")] for row in rows)
     assert full[:3] == ["full method", "3", "50.0 [50.0, 50.0]"]
@@ -98,7 +94,7 @@ def test_tables_of_runs_made_by_hand(tmp_path):
     assert ablated == ["no alignment", "1", "50.0", "1.0", "20.0", "60.0", "25.0", "37.5"]
     lines = (tmp_path / "runs.csv").read_text().splitlines()
     assert len(lines) == 5 and lines[1].startswith(
-        f"o2o_td3,{TASK},full,1,50.00,,1.00,40.00,60.00,70.00,37.50,70.00,30"
+        f"o2o_td3,{TASK},full,1,50.00,,1.00,40.00,60.00,70.00,37.50,70.00,,30"
     )
     assert len((tmp_path / "curves.csv").read_text().splitlines()) == 1 + 4 * 5
 
@@ -108,7 +104,7 @@ def test_tasks_with_the_method_alone_stay_out_of_the_ablations(tmp_path):
     for task, seed, last in ((TASK, 1, 80.0), (TASK, 2, 80.0), ("walker2d-medium-v2", 1, 20.0)):
         run_folder(tmp_path, "o2o_td3", "full", seed, [40.0, 60.0, last], task=task)
     run_folder(tmp_path, "o2o_td3", "no-align", 1, [40.0, 60.0, 70.0])
-    report.main(tmp_path)
+    report.main(report.Args(tmp_path))
     text = (tmp_path / "report.md").read_text()
     rows = [[word.strip() for word in row.strip("|").split("|")] for row in text.splitlines() if row.startswith("| ")]
     assert [(row[1], row[2], row[6]) for row in rows if row[0] == "O2TD3"] == [
@@ -127,17 +123,17 @@ def test_runs_outside_the_main_tables_are_enough(tmp_path, variant):
     rows = [{"stage": "align", "step": step, "align/score": 10.0 * step} for step in (1, 2, 3, 4)]
     folder = tmp_path / "o2o_sac" / TASK / variant / "1"
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report.main(tmp_path)
+    report.main(report.Args(tmp_path))
     text = (tmp_path / "report.md").read_text()
     assert ("| 0.1 | 1 | 15.0 | 35.0 | 10.0 |" in text) == (variant == "alpha-0.1")
     assert len((tmp_path / "runs.csv").read_text().splitlines()) == 2
     run_folder(tmp_path, "o2o_sac", "full", 2, [40.0, 60.0, 70.0])  # the default alpha, and the table's if there is one
     shutil.copy(folder / "metrics.jsonl", tmp_path / "o2o_sac" / TASK / "full" / "2" / "metrics.jsonl")
-    report.main(tmp_path)
+    report.main(report.Args(tmp_path))
     text = (tmp_path / "report.md").read_text()
     assert ("| 0.2 | 1 | 15.0 | 35.0 | 10.0 |" in text) == (variant == "alpha-0.1")
 
 
 def test_no_runs_is_said(tmp_path):
-    with pytest.raises(SystemExit, match="no complete run in"):
-        report.main(tmp_path)
+    with pytest.raises(report.UserError, match="no complete run in"):
+        report.main(report.Args(tmp_path))

@@ -133,7 +133,10 @@ def test_help_of_a_task_shows_what_will_be_used(capsys, monkeypatch):
 def documented_commands():
     """(where, script, arguments) of every `python ....py` in the prose and in the scripts' docstrings."""
     prose = [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "results/README.md"]
-    texts = {path.name: "\n".join(re.findall(r"^```bash\n(.*?)^```", path.read_text(), re.M | re.S)) for path in prose}
+    texts = {
+        str(path.relative_to(ROOT)): "\n".join(re.findall(r"^```bash\n(.*?)^```", path.read_text(), re.M | re.S))
+        for path in prose
+    }
     texts |= {path.name: ast.get_docstring(ast.parse(path.read_text())) for path in SCRIPTS}
     for where, text in texts.items():
         for line in text.replace("\\\n", " ").splitlines():
@@ -150,6 +153,8 @@ def test_documented_commands_parse():
     commands = list(documented_commands())
     assert len(commands) > 10
     for where, script, argv in commands:
+        if script == "mean.py":  # a patched copy that the line before makes
+            script = "o2o_sac.py"
         assert (ROOT / script).exists(), f"{where}: {script} does not exist"
         if script.startswith("benchmark/") and script != "benchmark/benchmark.py":
             continue
