@@ -86,7 +86,7 @@ class Args:
     critic_lr: float = 2e-4  # V in stage 2; falls likewise
     reevaluation_lr: float = 1e-4  # V in stage 1
     max_grad_norm: float = 0.5  # longer gradients are shortened to it
-    max_std: float = 7.4  # the offline policy's std is cut to it, once
+    max_std: float = math.exp(2)  # the offline policy's std is cut to it, once
     scale_rewards: bool = False  # divide by the running std of the discounted return
     alpha: float = 2.0  # size of the reference policy's advantage
     alignment_steps: int = 250_000  # environment steps in which its weight falls to 0
@@ -636,9 +636,9 @@ def score_actor(args, run, data, envs, choose=False):
     return {"score": score}
 
 
-def closing_score(args, policy, data, envs):
-    """The score over 50 episodes or a few more, from start states that no evaluation has seen."""
-    seeds = range(200_000_000 + 1_000_000 * args.seed, 10**12, len(envs))[: -(-50 // len(envs))]
+def closing_score(args, policy, data, envs, episodes=50):
+    """The score over `episodes` or a few more, from start states that no evaluation has seen."""
+    seeds = range(200_000_000 + 1_000_000 * args.seed, 10**12, len(envs))[: -(-episodes // len(envs))]
     return data.score(np.mean([evaluate(mode_of(policy), envs, seed, data.rows.device)[0] for seed in seeds]))
 
 

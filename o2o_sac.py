@@ -614,9 +614,9 @@ def score_actor(args, run, data, envs, choose=False):
     return {"score": score}
 
 
-def closing_score(args, policy, data, envs):
-    """The score over 50 episodes or a few more, from start states that no evaluation has seen."""
-    seeds = range(200_000_000 + 1_000_000 * args.seed, 10**12, len(envs))[: -(-50 // len(envs))]
+def closing_score(args, policy, data, envs, episodes=50):
+    """The score over `episodes` or a few more, from start states that no evaluation has seen."""
+    seeds = range(200_000_000 + 1_000_000 * args.seed, 10**12, len(envs))[: -(-episodes // len(envs))]
     return data.score(np.mean([evaluate(mode_of(policy), envs, seed, data.rows.device)[0] for seed in seeds]))
 
 

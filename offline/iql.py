@@ -450,9 +450,9 @@ def score_policy(args, run, data, envs):
     return {"score": data.score(evaluate(mode_of(run.nets["actor"]), envs, seed, data.rows.device)[0].mean())}
 
 
-def closing_score(args, policy, data, envs):
-    """The score over 50 episodes or a few more, from start states that no evaluation has seen."""
-    seeds = range(200_000_000 + 1_000_000 * args.seed, 10**12, len(envs))[: -(-50 // len(envs))]
+def closing_score(args, policy, data, envs, episodes=50):
+    """The score over `episodes` or a few more, from start states that no evaluation has seen."""
+    seeds = range(200_000_000 + 1_000_000 * args.seed, 10**12, len(envs))[: -(-episodes // len(envs))]
     return data.score(np.mean([evaluate(mode_of(policy), envs, seed, data.rows.device)[0] for seed in seeds]))
 
 
@@ -646,11 +646,8 @@ def main(args: Args):
     if args.cuda and not torch.cuda.is_available():
         raise UserError("--cuda was asked for but torch sees no CUDA device; leave it out to run on the CPU")
     if args.output is None:
-        args.output = str(
-            Path(__file__).resolve().parent / "checkpoints" / args.env_id / "iql.pt"
-            if args.num_critics == 2
-            else f"iql_{args.num_critics}.pt"
-        )
+        name = "iql.pt" if args.num_critics == 2 else f"iql_{args.num_critics}.pt"
+        args.output = str(Path(__file__).resolve().parent / "checkpoints" / args.env_id / name)
     if Path(args.output).exists() and not (args.overwrite or args.resume):
         raise UserError(f"{args.output} exists; pass --overwrite to replace it, or --output to write elsewhere")
     run = Run(args, {"stage": "offline", "step": 0, "closing_score": None, "updates_per_second": {}})
