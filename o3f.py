@@ -205,7 +205,8 @@ ALGORITHM = "o3f"
 RESUMABLE = "online_steps compile num_threads track wandb_project_name wandb_entity"
 PRIVATE = "stage step episode_start episode_return acting_returns"  # of a run's progress, not in summary.json
 RANGES = {
-    (0, 1): "gamma tau learning_rate expectile positive_weight",
+    (0, 1): "tau learning_rate expectile positive_weight",
+    (0, 0.99999): "gamma",  # V is clamped to r / (1 - gamma)
     (0, 10**9): "seed online_steps sigma omega temperature max_weight kl_weight latent_noise latent_clip",
     (1, 10**9): "num_candidates updates_per_step eval_every eval_episodes batch_size",
     (1, 1024): "num_threads",

@@ -220,7 +220,8 @@ def train(args, run, data):
 
 ALGORITHM, KIND = "lapo", "latent"  # this script, and its policy class
 RANGES = {
-    (0, 1): "gamma tau learning_rate positive_weight",
+    (0, 1): "tau learning_rate positive_weight",
+    (0, 0.99999): "gamma",  # V is clamped to r / (1 - gamma)
     (0, 10**9): "seed updates kl_weight latent_noise latent_clip",
     (1, 10**9): "eval_every_updates eval_episodes batch_size",
     (1, 1024): "num_threads num_critics",
