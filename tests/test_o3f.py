@@ -404,3 +404,20 @@ def test_checkpoints_that_o3f_refuses(capsys, monkeypatch, bases, checkpoint, tm
     error = refused(capsys, monkeypatch, o3f, "--base", "iql", "--checkpoint", tmp_path / "none.pt")
     assert "--num-critics 5" in error
     assert not run_dir.exists()
+
+
+def test_the_ensemble_is_written_where_o3f_looks_for_it(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # nothing depends on the folder that a command is run in
+    monkeypatch.setattr(iql, "__file__", str(tmp_path / "repository/offline/iql.py"))
+    folder = tmp_path / "repository/offline/checkpoints" / TASK
+    folder.mkdir(parents=True)
+    for count, name in ((2, "iql.pt"), (5, "iql_5.pt")):
+        (folder / name).touch()
+        error = refused(capsys, monkeypatch, iql, "--num-critics", count, "--run-dir", tmp_path / "run")
+        assert f"{folder / name} exists" in error
+
+
+def test_without_a_discount_lapos_values_have_no_bound(capsys, monkeypatch, tmp_path):
+    for module in (lapo, o3f):
+        error = refused(capsys, monkeypatch, module, "--gamma", 1, "--run-dir", tmp_path / "run")
+        assert "--gamma is 1.0" in error
