@@ -11,6 +11,7 @@ Stage 1 of o2o_sac.py once, and then three actors, each `--alignment-steps` upda
 The flags are those of o2o_sac.py; `--resume` works. metrics.jsonl has the three as stages, with each actor's score.
 """
 
+import importlib.util
 import sys
 from copy import deepcopy
 from functools import partial
@@ -18,11 +19,12 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import o2o_sac as sac
-
 ROOT = Path(__file__).resolve().parents[1]
-sac.ALGORITHM = "critics"  # in args.json and summary.json
+# a copy of the script of its own, since it goes by another name in args.json and summary.json
+spec = importlib.util.spec_from_file_location("o2o_sac_of_critics", ROOT / "o2o_sac.py")
+sac = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sac)
+sac.ALGORITHM = "critics"
 Args = sac.Args
 VARIANTS = ("fixed", "iterated", "aligned")
 

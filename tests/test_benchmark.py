@@ -212,7 +212,7 @@ def test_ray_goes_on_after_a_node_was_killed(tmp_path):
         nodes.append(subprocess.Popen([*start, f"--address={address}"], **quiet))
         long = f"{TINY} --online-steps 600 --eval-every 100"
         words = ["--script", "o2o_td3", "--task", TASK, "--variant", "full", "no-align", "--seed", "1", "2", "3", "4"]
-        words = [sys.executable, "results/benchmark.py", *words, "--engine", "ray", "--results", str(tmp_path)]
+        words = [sys.executable, "benchmark/benchmark.py", *words, "--engine", "ray", "--results", str(tmp_path)]
         log = open(tmp_path / "driver.txt", "w")
         environment |= {"RAY_ADDRESS": address}
         driver = subprocess.Popen(
