@@ -224,7 +224,7 @@ def test_ray_goes_on_after_a_node_was_killed(tmp_path):
             time.sleep(0.1)
             for line in descendants(nodes[1].pid).values():
                 folder = Path(line.split("--run-dir ")[1].split()[0]) if "o2o_td3.py" in line else None
-                if folder and (folder / "resume.pt").exists() and not (folder / "summary.json").exists():
+                if folder and (folder / "resume.pt").exists() and "running" in (folder / "summary.json").read_text():
                     victim = folder
         raylets = [pid for pid, line in descendants(nodes[1].pid).items() if "raylet/raylet" in line]
         assert len(raylets) == 1
