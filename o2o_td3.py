@@ -335,10 +335,8 @@ ALGORITHM, KIND, SOURCE = "o2o_td3", "deterministic", "td3_bc"  # this script, i
 RESUMABLE = "reevaluation_steps alignment_steps online_steps compile num_threads track wandb_project_name wandb_entity"
 PRIVATE = "stage step episode_start reference_score discounted_return"  # of a run's progress, not in summary.json
 RANGES = {
-    (
-        0,
-        1,
-    ): "gamma tau kappa offline_fraction policy_lr critic_lr multiplier_lr policy_noise noise_clip exploration_noise",
+    (0, 1): "gamma tau kappa offline_fraction policy_lr critic_lr multiplier_lr",
+    (0, 2): "policy_noise noise_clip exploration_noise",  # actions lie in [-1, 1]
     (0, 10**9): "seed reevaluation_steps alignment_steps online_steps warm_up limit_start limit_end bump",
     (1, 10**9): "updates_per_step eval_every eval_every_updates eval_episodes batch_size limit_steps reference_every",
     (1e-9, 10**9): "multiplier",

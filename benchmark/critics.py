@@ -60,7 +60,7 @@ def make_updates(args, nets, optimizers, split):
 
     reevaluate = sac.make_updates(args, of("fixed"), {"critics": optimizers["critics"]}, split)[0]
     align = sac.make_updates(args, of("aligned"), adams("aligned"), split)[1]
-    first = lambda update: lambda rows, noise: update(rows, noise[0])  # noqa: E731
+    first = lambda update: lambda rows, noise: update(rows, noise[0])
     return {"reevaluate": first(reevaluate), "fixed": fixed, "iterated": iterated, "aligned": first(align)}
 
 

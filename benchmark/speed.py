@@ -1,19 +1,21 @@
-"""Updates per second of the scripts' own updates: compiled and eager, in float32 and in bf16.
+"""Updates per second of the scripts' own updates: eager and compiled, in float32 and in bf16.
 
-    python benchmark/speed.py  # prints a table and writes results/speed.md
-    python benchmark/speed.py --updates o2o_sac o2o_td3 --seconds 2
+    python benchmark/speed.py  # prints a table and writes results/speed.md, in about ten minutes
+    python benchmark/speed.py --updates o2o_sac cql --output mine.md
 
-Random data of Hopper's sizes (11 observations, 3 actions) and the batch of each script's default. Precisions and
-modes take turns, and the best of the rounds counts, so that other work on the machine disturbs the ratios little; only
-ratios say something about another machine.
+Random data of Hopper's sizes (11 observations, 3 actions) and the batch of each script's defaults. Modes take turns and
+the median counts, on one thread and by the CPU time of this process, so that other work on the machine disturbs little.
+Only ratios say something about another machine.
 """
 
 import importlib
 import platform
+import statistics
 import sys
 import time
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,16 +25,15 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "offline")]
 OBS, ACT = 11, 3
-STATS = torch.zeros(OBS), torch.ones(OBS)
+STATS, ACT_STATS = (torch.zeros(OBS), torch.ones(OBS)), (torch.zeros(ACT), torch.ones(ACT))
 
 
 @dataclass
 class Args:
-    updates: tuple[str, ...] = ("o2o_sac", "o2o_td3", "cql", "td3_bc", "iql", "lapo")  # scripts to measure
-    seconds: float = 1.0  # of each measurement
-    rounds: int = 3  # measurements of each update, of which the best counts
-    num_threads: int = 1  # CPU threads
-    output: Path | None = ROOT / "results/speed.md"  # file of the table
+    updates: tuple[str, ...] = ("o2o_sac", "o2o_td3", "o2o_ppo", "o3f", "cql", "td3_bc", "iql", "lapo")  # scripts
+    seconds: float = 0.6  # of each measurement
+    rounds: int = 5  # measurements of each update, of which the median counts
+    output: Path = ROOT / "results/speed.md"  # file of the table
 
 
 def scalar(value):
@@ -40,73 +41,75 @@ def scalar(value):
 
 
 def updates_of(name, compiled, bf16):
-    """-> {stage: function without arguments that does one update} of a script."""
+    """-> {stage: function without arguments that does one update} of a script, on networks and data made here."""
     script = importlib.import_module(name)
     args, split = script.Args(compile=compiled, bf16=bf16), script.Data("", None, None, OBS, ACT, (0, 1), None).split
-    rows = torch.randn(args.batch_size, 2 * OBS + ACT + 2)
+    batch, one = args.batch_size or 256, torch.tensor(1.0)  # o3f.py takes over the batch of the offline training
+    rows, noise = torch.randn(batch, 2 * OBS + ACT + 2), torch.randn(2, batch, ACT)
     rows[:, OBS : OBS + ACT].tanh_()
     rows[:, -1] = (rows[:, -1] > 2).float()
-    noise, hidden = torch.randn(2, args.batch_size, ACT), (256, 256, 256)
+    deep, wide = (*STATS, ACT, [256] * 3), (*STATS, ACT, [256] * 2)
+    latent = STATS, ACT_STATS, 2 * ACT, [256] * 3
     if name == "o2o_sac":
-        actor = script.SquashedGaussianActor(*STATS, ACT, hidden, bf16)
+        actor, critics = script.SquashedGaussianActor(*deep, bf16), script.Critics(*deep, layer_norm=True, bf16=bf16)
         nets = {key: deepcopy(actor) for key in ("actor", "behaviour", "reference")} | {"log_alpha": scalar(-1.6)}
-        nets["critics"] = script.Critics(*STATS, ACT, hidden, layer_norm=True, bf16=bf16)
-        stages = {
-            "reevaluate": (rows, noise[0]),
-            "align": (rows, noise[0]),
-            "finetune": (rows, noise, torch.tensor(1.0)),
-        }
+        stages = {"reevaluate": (rows, noise[0]), "align": (rows, noise[0]), "finetune": (rows, noise, one)}
     elif name == "o2o_td3":
-        actor = script.DeterministicActor(*STATS, ACT, hidden[:2], bf16)
+        actor, critics = script.DeterministicActor(*wide, bf16), script.Critics(*wide, layer_norm=True, bf16=bf16)
         nets = {key: deepcopy(actor) for key in ("actor", "actor_target", "behaviour", "reference")}
-        nets["critics"] = script.Critics(*STATS, ACT, hidden[:2], layer_norm=True, bf16=bf16)
         stages = {"reevaluate": (rows, noise[0]), "align": (rows, noise[0])}
-        stages["finetune"] = (rows, noise[0], torch.tensor(1.0), True)
+        stages["finetune with the actor"] = (rows, noise[0], one, True)
+    elif name == "o2o_ppo":
+        actor, critics = script.TanhGaussianActor(*wide, bf16=bf16), None
+        nets = {"actor": actor, "value": script.Value(*STATS, [256] * 3, nn.Tanh, bf16)}
+        samples = torch.randn(args.minibatch_size, OBS + ACT + 3)
+        stages = {"reevaluate": (torch.randn(batch, 2 * OBS + 2), None), "finetune, a minibatch": (samples, one)}
+    elif name == "o3f":
+        critics = script.LapoCritics(STATS, ACT_STATS, [256] * 3, 5, bf16)
+        nets = {"actor": script.LatentPolicy(*latent, 2.0, bf16)}
+        candidates = torch.randn(args.num_candidates, ACT)
+        stages = {"action, LAPO": (torch.randn(1, OBS), torch.randn(1, ACT), candidates)}
     elif name == "cql":
-        nets = {"actor": script.SquashedGaussianActor(*STATS, ACT, hidden, bf16), "log_weight": scalar(1.0)}
-        nets |= {"critics": script.CqlCritics(*STATS, ACT, hidden, bf16=bf16), "log_alpha": scalar(0.0)}
-        stages = {"offline": (rows, torch.randn(3 * args.cql_actions + 1, args.batch_size, ACT))}
+        nets, critics = {"actor": script.SquashedGaussianActor(*deep, bf16)}, script.CqlCritics(*deep, bf16=bf16)
+        nets |= {"log_weight": scalar(1.0), "log_alpha": scalar(0.0)}
+        stages = {"update": (rows, torch.randn(3 * args.cql_actions + 1, batch, ACT))}
     elif name == "td3_bc":
-        actor = script.DeterministicActor(*STATS, ACT, hidden[:2], bf16)
-        nets = {"actor": actor, "actor_target": deepcopy(actor)}
-        nets["critics"] = script.Critics(*STATS, ACT, hidden[:2], bf16=bf16)
-        stages = {"offline": (rows, noise[0], True)}
+        actor, critics = script.DeterministicActor(*wide, bf16), script.Critics(*wide, bf16=bf16)
+        nets, stages = {"actor": actor, "actor_target": deepcopy(actor)}, {}
+        stages["update with the actor"] = (rows, noise[0], True)
     elif name == "iql":
-        nets = {"actor": script.TanhGaussianActor(*STATS, ACT, hidden[:2], bf16=bf16)}
-        nets |= {"value": script.Value(*STATS, hidden[:2], nn.ReLU, bf16)}
-        nets["critics"] = script.Critics(*STATS, ACT, hidden[:2], bf16=bf16)
-        stages = {"offline": (rows, None, torch.tensor(1.0))}
-    elif name == "lapo":
-        act_stats = torch.zeros(ACT), torch.ones(ACT)
-        sizes = STATS, act_stats, 2 * ACT, hidden
-        nets = {"encoder": script.Encoder(*sizes, bf16), "decoder": script.Decoder(*sizes, bf16)}
-        nets["actor"] = script.LatentPolicy(*sizes, args.max_latent, bf16)
-        nets |= {"value": script.Value(*STATS, hidden, nn.ReLU, bf16), "latent_target": deepcopy(nets["actor"].latent)}
-        nets["critics"] = script.LapoCritics(STATS, act_stats, hidden, args.num_critics, bf16)
-        stages = {"offline": (rows, torch.randn(2, args.batch_size, 2 * ACT), torch.tensor([0, 1]), True)}
+        nets, critics = {"actor": script.TanhGaussianActor(*wide, bf16=bf16)}, script.Critics(*wide, bf16=bf16)
+        nets["value"] = script.Value(*STATS, [256] * 2, nn.ReLU, bf16)
+        stages = {"update": (rows, None, one)}
     else:
-        sys.exit(f"error: no update of {name} is known here; there are {', '.join(Args.updates)}")
-    nets["targets"] = deepcopy(nets["critics"])
+        critics = script.LapoCritics(STATS, ACT_STATS, [256] * 3, args.num_critics, bf16)
+        nets = {"encoder": script.Encoder(*latent, bf16), "decoder": script.Decoder(*latent, bf16)}
+        nets |= {"actor": script.LatentPolicy(*latent, args.max_latent, bf16)}
+        nets |= {"value": script.Value(*STATS, [256] * 3, nn.ReLU, bf16)}
+        nets["latent_target"] = deepcopy(nets["actor"].latent)
+        stages = {"update": (rows, torch.randn(2, batch, 2 * ACT), torch.tensor([0, 1]), True)}
+    nets |= {} if critics is None else {"critics": critics, "targets": deepcopy(critics)}
     if name == "lapo":
-        optimizers = script.lapo_optimizers(args, nets)
-        functions = [script.make_lapo_update(args, nets, optimizers, torch.tensor([-50.0, 50.0]), split)]
+        optimizers, scale = script.lapo_optimizers(args, nets), torch.tensor([-50.0, 50.0])
+        updates = [script.make_lapo_update(args, nets, optimizers, scale, split)]
+    elif name == "o3f":
+        updates = [script.make_act(args, nets)]
     else:
-        optimizers = {key: script.Adam(net.parameters(), 1e-4) for key, net in nets.items()}
-        make = next(
-            getattr(script, n) for n in ("make_updates", "make_update", "make_iql_update") if hasattr(script, n)
-        )
-        functions = make(args, nets, optimizers, split)
-        functions = functions if isinstance(functions, tuple) else [functions]
-    compiled = [script.compile_update(function, args) for function in functions]
-    bound = zip(compiled, stages.values(), strict=True)
-    return dict(zip(stages, [lambda f=f, a=a: f(*a) for f, a in bound], strict=True))
+        clipped = {"max_norm": args.max_grad_norm} if name == "o2o_ppo" else {}
+        optimizers = {key: script.Adam(net.parameters(), 1e-4, **clipped) for key, net in nets.items()}
+        optimizers |= {"reevaluation": script.Adam(nets["value"].parameters(), 1e-4)} if name == "o2o_ppo" else {}
+        make = {"iql": "make_iql_update", "cql": "make_update", "td3_bc": "make_update"}.get(name, "make_updates")
+        updates = getattr(script, make)(args, nets, optimizers, *((OBS, ACT) if name == "o2o_ppo" else (split,)))
+        updates = updates if isinstance(updates, tuple) else [updates]
+    pairs = zip(stages.items(), updates, strict=True)
+    return {stage: partial(script.compile_update(update, args), *inputs) for (stage, inputs), update in pairs}
 
 
-def rate(function, seconds):
-    """-> calls of the function per second of this process's time."""
+def rate(update, seconds):
+    """-> calls per second of CPU time."""
     start, count = time.process_time(), 0
     while time.process_time() - start < seconds:
-        function()
+        update()
         count += 1
     return count / (time.process_time() - start)
 
@@ -120,23 +123,24 @@ def cpu():
 
 
 def main(args: Args):
-    torch.set_num_threads(args.num_threads)
+    if unknown := [name for name in args.updates if name not in Args.updates]:
+        sys.exit(f"error: no updates of {', '.join(unknown)} are known here; there are {', '.join(Args.updates)}")
+    torch.set_num_threads(1)
     modes = {f"{c}, {p}": (c == "compiled", p == "bf16") for p in ("fp32", "bf16") for c in ("eager", "compiled")}
-    lines = [f"torch {torch.__version__}, {args.num_threads} thread(s), {cpu()}. Updates per second.", ""]
-    lines += ["| update | " + " | ".join(modes) + " |", "| --- |" + " --- |" * len(modes)]
+    lines = ["| update | " + " | ".join(modes) + " | factor |", "| --- |" + " --- |" * (len(modes) + 1)]
     for name in args.updates:
         made = {mode: updates_of(name, *flags) for mode, flags in modes.items()}
-        for stage in next(iter(made.values())):
-            best = dict.fromkeys(modes, 0.0)
-            for functions in made.values():
-                functions[stage]()  # compiles
-            for _ in range(args.rounds):
-                for mode, functions in made.items():
-                    best[mode] = max(best[mode], rate(functions[stage], args.seconds))
-            lines.append(f"| {name} {stage} | " + " | ".join(f"{value:.1f}" for value in best.values()) + " |")
+        for stage in made["eager, fp32"]:
+            for updates in made.values():
+                updates[stage]()  # compiles
+            rounds = [[rate(updates[stage], args.seconds) for updates in made.values()] for _ in range(args.rounds)]
+            rates = [statistics.median(column) for column in zip(*rounds, strict=True)]
+            cells = " | ".join(f"{value:.0f}" if value > 20 else f"{value:.1f}" for value in rates)
+            lines.append(f"| {name} {stage} | {cells} | {rates[-1] / rates[0]:.1f} |")
             print(lines[-1], flush=True)
-    if args.output:
-        args.output.write_text("# Speed\n\n`python benchmark/speed.py` on\n" + "\n".join(lines) + "\n")
+    doc = f"`python benchmark/speed.py`, torch {torch.__version__}, one thread, {cpu()}. Hopper's sizes, random data."
+    factor = "Updates per second of CPU time; factor: compiled in bf16 against eager in fp32."
+    args.output.write_text("\n".join(["# Speed", "", doc, factor, "", *lines]) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """Loading: transitions stay aligned, ends of episodes mean what they say, bad datasets are refused in one sentence."""
 
+import json
+import shutil
+
 import behaviour
 import collect
 import gymnasium as gym
@@ -67,6 +70,66 @@ def test_a_dataset_that_is_not_flat_or_has_no_environment_is_refused(minari_stor
     minari.create_dataset_from_buffers(name, [episode_of(obs, actions, np.ones(2))], author_email="a@b.c", **options)
     with pytest.raises(o2o_sac.UserError, match=words):
         load(name)
+
+
+def spec_of(env, **changes):
+    return json.dumps(json.loads(env.spec.to_json()) | changes)
+
+
+def test_specs_of_gymnasiums_own_environments_and_wrappers_are_accepted():
+    pendulum = gym.wrappers.RescaleAction(gym.make("Pendulum-v1"), -1.0, 1.0)
+    for env in (gym.make("Hopper-v5"), pendulum, gym.wrappers.FlattenObservation(pendulum)):
+        o2o_sac.check_spec(spec_of(env), "mine/good-v0")
+
+
+def wrapper(entry_point):
+    name = entry_point.split(":")[1]
+    return {"additional_wrappers": [{"name": name, "entry_point": entry_point, "kwargs": {}}]}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"entry_point": "os:system", "kwargs": {"command": "false"}},
+        {"id": "Hopper-v5"},  # a known name with another environment's code
+        {"id": "Mine-v0"},
+        {"id": "os:Mine-v0"},  # gymnasium would import the module
+        {"id": ["Pendulum-v1"]},
+        {"entry_point": None},
+        wrapper("mine.wrappers:RescaleAction"),
+        wrapper("os:system"),
+        wrapper("gymnasium.wrappers.rendering:RecordVideo"),
+        {"additional_wrappers": None},
+        {"additional_wrappers": [{"name": "RescaleAction"}]},
+    ],
+    ids=str,
+)
+def test_specs_that_name_other_code_are_refused(changes):
+    with pytest.raises(o2o_sac.UserError, match="mine/bad-v0 names .*none was made"):
+        o2o_sac.check_spec(spec_of(gym.make("Pendulum-v1"), **changes), "mine/bad-v0")
+
+
+@pytest.mark.parametrize("spec", [None, "", "Pendulum-v1", "{", "[]", "3", "null", b"\x80\x04."])
+def test_specs_that_are_not_json_objects_are_refused(spec):
+    with pytest.raises(o2o_sac.UserError, match="mine/bad-v0 names no environment"):
+        o2o_sac.check_spec(spec, "mine/bad-v0")
+
+
+def test_a_spec_that_is_a_command_is_refused_before_minari_would_run_it(minari_store, tmp_path):
+    """Without spaces in the metadata Minari makes the environment as soon as the dataset is opened."""
+    name, marker = "mine/bomb-spaceless-v0", tmp_path / "exploded"
+    shutil.copytree(minari_store / "o2o" / TASK, minari_store / name)
+    path = minari_store / name / "data/metadata.json"
+    metadata = json.loads(path.read_text()) | {"dataset_id": name}
+    del metadata["observation_space"], metadata["action_space"]
+    command = {"entry_point": "os:system", "kwargs": {"command": f"touch {marker}"}}
+    path.write_text(json.dumps(metadata | {"env_spec": spec_of(gym.make("Hopper-v5"), **command)}))
+    with pytest.raises(o2o_sac.UserError, match="none was made"):
+        load(name)
+    assert not marker.exists()
+    with pytest.raises(Exception):  # noqa: B017  # the command is live, so the check is what stopped it
+        minari.load_dataset(name)
+    assert marker.exists()
 
 
 def test_numbers_that_are_not_finite_are_refused(minari_store):

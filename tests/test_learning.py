@@ -11,10 +11,11 @@ import o2o_sac
 
 @pytest.mark.slow
 def test_cql_learns_to_hop(tmp_path, monkeypatch):
-    """A thousand updates on 20,000 transitions of the medium policy (48 points); random actions make 1 point."""
+    """800 updates on 20,000 transitions of the medium policy (48 points); random actions make 1 point. Eight seeds made
+    35 to 77 with this larger learning rate, which short training needs."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
     collect.main(collect.Args(env_id=TASK, num_steps=20_000))
-    args = cql.Args(updates=1000, eval_every_updates=500, bf16=True)
+    args = cql.Args(updates=800, eval_every_updates=800, policy_lr=3e-4, cql_actions=3, bf16=True)
     args.output, args.run_dir = str(tmp_path / "cql.pt"), str(tmp_path / "run")
     cql.main(args)
     args = o2o_sac.Args(checkpoint=str(tmp_path / "cql.pt"))

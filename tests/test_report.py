@@ -4,10 +4,10 @@ import hashlib
 import json
 import shutil
 
-import enjoy  # noqa: E402
+import enjoy
 import numpy as np
 import pytest
-import report  # noqa: E402
+import report
 import torch
 from conftest import ROOT, TASK
 
@@ -97,6 +97,20 @@ def test_tables_of_runs_made_by_hand(tmp_path):
         f"o2o_td3,{TASK},full,1,50.00,,1.00,40.00,60.00,70.00,37.50,70.00,,30"
     )
     assert len((tmp_path / "curves.csv").read_text().splitlines()) == 1 + 4 * 5
+
+
+def test_a_damaged_run_folder_is_named_and_left_out(tmp_path, capsys):
+    for seed in (1, 2, 3, 4):
+        run_folder(tmp_path, "o2o_td3", "full", seed, [40.0, 60.0, 70.0])
+    folder = tmp_path / "o2o_td3" / TASK / "full"
+    (folder / "2" / "summary.json").write_text('{"status": "compl')
+    (folder / "3" / "metrics.jsonl").unlink()
+    (folder / "4").rename(folder / "four")
+    report.main(report.Args(tmp_path))
+    warnings = capsys.readouterr().err.splitlines()
+    for name, line in zip(("2", "3", "four"), warnings, strict=True):
+        assert line.startswith(f"warning: left out {folder / name}, which cannot be read")
+    assert len((tmp_path / "runs.csv").read_text().splitlines()) == 2
 
 
 def test_tasks_with_the_method_alone_stay_out_of_the_ablations(tmp_path):

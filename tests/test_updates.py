@@ -7,9 +7,11 @@ import bc
 import behaviour
 import cql
 import iql
+import lapo
 import pytest
 import td3_bc
 import torch
+from conftest import for_scripts
 
 import o2o_ppo
 import o2o_sac
@@ -413,7 +415,126 @@ def test_iql_learns_the_better_of_two_actions_in_the_data():
     assert nets["actor"].mode(obs).mean().item() > 0.3
 
 
-OTHERS = {"bc": {"actor"}, "cql": None, "behaviour": None, "td3_bc": None, "iql": None}
+def stopped_at(module, maker, args, monkeypatch):
+    """What `module.main(args)` hands to `maker`, the function that makes its updates; the run ends there."""
+    seen = []
+
+    def stop(*arguments):
+        seen.extend(arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, maker, stop)
+        with pytest.raises(KeyboardInterrupt):
+            module.main(args)
+    return seen
+
+
+def same_tensors(ones, others):
+    return [id(one) for one in ones] == [id(other) for other in others]
+
+
+def test_cql_trains_the_temperature_at_the_policys_rate(minari_store, tmp_path, monkeypatch):
+    settings = {"output": str(tmp_path / "cql.pt"), "run_dir": str(tmp_path / "run"), "eval_episodes": 1}
+    args = cql.Args(policy_lr=2e-5, critic_lr=4e-4, critic_layers=2, **settings)
+    _, nets, optimizers, _ = stopped_at(cql, "make_update", args, monkeypatch)
+    rates = {"actor": 2e-5, "log_alpha": 2e-5, "critics": 4e-4, "log_weight": 4e-4}
+    assert {key: optimizer.lr for key, optimizer in optimizers.items()} == rates
+    assert all(same_tensors(optimizers[key].params, nets[key].parameters()) for key in rates)
+    assert nets["log_weight"][0].exp().item() == pytest.approx(math.e)  # the multiplier of --lagrange
+    assert sum(isinstance(layer, cql.StackedLinear) for layer in nets["critics"].net) == 3  # two hidden, the output
+
+
+@for_scripts(o2o_ppo)
+def test_ppo_caps_the_std_when_it_loads_the_policy_and_not_again_on_resume(script, tiny, monkeypatch, tmp_path):
+    settings = {"max_std": 0.05, "policy_lr": 0.2, "entropy_weight": 1.0}  # entropy lets the std grow fast
+    _, nets, *_ = stopped_at(script, "make_updates", tiny(run_dir=str(tmp_path / "stopped"), **settings), monkeypatch)
+    saved = torch.load(tiny().checkpoint, weights_only=True)["actor"]["log_std"]
+    assert saved.exp().min() > 0.1
+    for key in ("actor", "reference"):
+        torch.testing.assert_close(nets[key].log_std.exp(), torch.full_like(saved, 0.05))
+    script.main(tiny(**settings))
+    grown = torch.load(tmp_path / "run/resume.pt", weights_only=True)["nets"]["actor"]["log_std"]
+    assert grown.exp().max() > 0.06
+    longer = tiny(resume=str(tmp_path / "run"), online_steps=24, **settings)
+    _, nets, *_ = stopped_at(script, "make_updates", longer, monkeypatch)
+    assert torch.equal(nets["actor"].log_std.detach(), grown)
+
+
+LAPO_STATS = (torch.zeros(OBS), torch.ones(OBS)), (torch.tensor([0.1, -0.2]), torch.tensor([0.5, 2.0]))
+
+
+def lapo_parts(critics=None, **changes):
+    torch.manual_seed(0)
+    args, sizes = lapo.Args(**changes), (*LAPO_STATS, 2 * ACT, (16, 16))
+    nets = {"encoder": lapo.Encoder(*sizes), "decoder": lapo.Decoder(*sizes), "actor": lapo.LatentPolicy(*sizes, 2.0)}
+    nets["value"] = lapo.Value(*LAPO_STATS[0], (16, 16), torch.nn.ReLU)
+    nets["critics"] = critics or lapo.LapoCritics(*LAPO_STATS, (16, 16), 5)
+    nets |= {"latent_target": deepcopy(nets["actor"].latent), "targets": deepcopy(nets["critics"])}
+    bounds = torch.tensor([-50.0, 50.0])
+    return nets, lapo.make_lapo_update(args, nets, lapo.lapo_optimizers(args, nets), bounds, splitter())
+
+
+def test_lapos_autoencoder_sees_and_rebuilds_standardised_actions():
+    nets, update = lapo_parts(positive_weight=0.5)
+    (mean, std), (rows, _) = LAPO_STATS[1], batch(0)
+    obs, action = splitter()(rows)[:2]
+    plain = lapo.Encoder(LAPO_STATS[0], (torch.zeros(ACT), torch.ones(ACT)), 2 * ACT, (16, 16))
+    plain.net.load_state_dict(nets["encoder"].net.state_dict())
+    torch.testing.assert_close(nets["encoder"](obs, action), plain(obs, (action - mean) / std))
+    for key in ("encoder", "decoder"):
+        for parameter in nets[key].parameters():
+            torch.nn.init.zeros_(parameter)  # the code is N(0, 1) and what is rebuilt is 0, the mean action
+    torch.testing.assert_close(nets["decoder"].action(obs, torch.randn(BATCH, 2 * ACT)), mean.expand(BATCH, ACT))
+    loss = update(rows, torch.randn(2, BATCH, 2 * ACT), torch.tensor([0, 1]), True)["autoencoder_loss"]
+    assert loss.item() == pytest.approx(0.5 * (((action - mean) / std) ** 2).sum(-1).mean().item(), rel=1e-5)
+
+
+class Disagreeing(torch.nn.Module):
+    """The first of five critics prefers the first action high, the others, more strongly, low."""
+
+    def __init__(self):
+        super().__init__()
+        self.slope = torch.nn.Parameter(torch.tensor([[1.0], [-10.0], [-10.0], [-10.0], [-10.0]]))
+
+    def forward(self, obs, action, k=None):
+        return self.slope[: k or 5] * action[:, 0]
+
+
+def test_lapos_policy_climbs_the_first_critic_alone():
+    nets, update = lapo_parts(Disagreeing(), tau=0.0, learning_rate=3e-3)
+    policy, obs = nets["actor"], torch.randn(256, OBS)
+    before = policy.act(obs, policy.latent)[:, 0].mean().item()
+    for step in range(30):
+        nets["critics"].load_state_dict(nets["targets"].state_dict())  # as they were
+        update(batch(step)[0], torch.randn(2, BATCH, 2 * ACT), torch.tensor([0, 1]), True)
+    assert policy.act(obs, policy.latent)[:, 0].mean().item() > before + 0.01
+
+
+def test_lapo_standardises_with_the_datas_actions_even_where_they_stand_still(minari_store, tmp_path, monkeypatch):
+    real, loaded = lapo.load_data, []
+
+    def load(*arguments):
+        data = real(*arguments)
+        data.rows[:, data.obs_dim] = 0.5  # the first action never changes
+        loaded.append(data)
+        return data
+
+    monkeypatch.setattr(lapo, "load_data", load)
+    args = lapo.Args(output=str(tmp_path / "lapo.pt"), run_dir=str(tmp_path / "run"), eval_episodes=1)
+    _, nets, optimizers, *_ = stopped_at(lapo, "make_lapo_update", args, monkeypatch)
+    action = loaded[0].split(loaded[0].rows)[1]
+    for net in (nets["decoder"], nets["actor"].decoder, nets["critics"]):
+        torch.testing.assert_close(net.act_mean, action.mean(0))
+        torch.testing.assert_close(net.act_std[1:], action.std(0)[1:])
+        assert net.act_std[0].item() == pytest.approx(1e-6)
+    torch.testing.assert_close(nets["encoder"].mean[loaded[0].obs_dim :], action.mean(0))
+    assert same_tensors(optimizers["latent"].params, nets["actor"].latent.parameters())
+
+
+OTHERS = {"bc": {"actor"}, "bc tanh_gaussian": {"actor"}, "bc deterministic": {"actor"}}
+OTHERS |= {"cql": {"actor", "critics", "targets", "log_alpha"}, "cql, all options": None}
+OTHERS |= {"behaviour": None, "td3_bc": None, "iql": None, "lapo": None}
 OTHERS |= {"ppo reevaluate": {"value"}, "ppo finetune": {"actor", "value"}}
 
 
@@ -421,10 +542,12 @@ def run_updates(name, compiled):
     """-> how far three updates moved each network. Large learning and Polyak rates, so that no step can hide. TD3's
     delayed updates take turns with the others."""
     extra = lambda step: ()  # noqa: E731
-    if name == "cql":
-        nets, update = cql_parts(
-            lagrange=True, max_backup=True, clip_gap=-200.0, tau=0.5, policy_lr=0.01, critic_lr=0.01
-        )
+    if name.startswith("cql"):
+        options = {"lagrange": True, "max_backup": True, "clip_gap": -200.0} if "options" in name else {}
+        nets, update = cql_parts(tau=0.5, policy_lr=0.01, critic_lr=0.01, **options)
+    elif name == "lapo":
+        nets, update = lapo_parts(tau=0.5, learning_rate=0.01)
+        extra = lambda step: (torch.tensor([step, step + 2]), step > 0)  # noqa: E731
     elif name == "td3_bc":
         nets, update = td3_bc_parts(tau=0.5, learning_rate=0.01)
         extra = lambda step: (step % 2 == 1,)  # noqa: E731
@@ -444,11 +567,13 @@ def run_updates(name, compiled):
         nets = {key: net for key, net in small_nets().items() if key in ("actor", "critics", "targets", "log_alpha")}
         optimizers = {key: behaviour.Adam(nets[key].parameters(), 0.01) for key in ("actor", "critics", "log_alpha")}
         update = behaviour.make_update(behaviour.Args(tau=0.5), nets, optimizers, OBS, ACT)
-    elif name == "bc":
-        nets, teacher = {"actor": small_nets()["actor"]}, small_nets(seed=1)["actor"]
+    elif name.startswith("bc"):
+        kind, teacher = name.removeprefix("bc").strip() or "squashed_gaussian", small_nets(seed=1)["actor"]
         own = lambda obs, noise: (teacher.mode(obs), teacher.sample(obs, noise)[0])  # noqa: E731
+        torch.manual_seed(0)
+        nets = {"actor": bc.COPIES[kind](torch.zeros(OBS), torch.ones(OBS), ACT, (16, 16))}
         optimizers = {"actor": bc.Adam(nets["actor"].parameters(), 0.01)}
-        imitate = bc.make_update(bc.Args(), nets, optimizers, own, splitter())[0]
+        imitate = bc.make_update(bc.Args(policy=kind), nets, optimizers, own, splitter())[0]
         update = lambda rows, noise: imitate(rows, noise[0])  # noqa: E731
     elif name.startswith("td3"):
         nets = td3_nets()
@@ -464,8 +589,10 @@ def run_updates(name, compiled):
     update = o2o_sac.compile_update(update, o2o_sac.Args(compile=compiled))
     for step in range(3):
         rows, noise = batch(step)
-        if name == "cql":
+        if name.startswith("cql"):
             noise = torch.randn(10, BATCH, ACT, generator=torch.Generator().manual_seed(step))
+        if name == "lapo":
+            noise = torch.randn(2, BATCH, 2 * ACT, generator=torch.Generator().manual_seed(step))
         if name == "ppo finetune":
             rows = ppo_batch(step, old)
         update(rows, noise, *extra(step))
@@ -474,11 +601,12 @@ def run_updates(name, compiled):
 
 @pytest.mark.parametrize("name", [*STAGES, *OTHERS, "td3 reevaluate", "td3 align", "td3 finetune, delayed"])
 def test_compiled_equals_eager(name):
+    """Up to float32's rounding, 1e-5 here; a step that is left out makes a tenth or more."""
     eager, compiled = run_updates(name, False), run_updates(name, True)
     written = OTHERS.get(name) or {**STAGES, **TD3_STAGES}.get(name, (set(eager),))[-1]
     for key, moved in eager.items():
         assert (compiled[key].norm() > 1e-3) == (key in written), key
-        assert (compiled[key] - moved).norm() <= 0.02 * moved.norm(), key
+        assert (compiled[key] - moved).norm() <= 1e-3 * moved.norm(), key
 
 
 def test_the_penalty_enters_the_bellman_target():
