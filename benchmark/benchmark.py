@@ -7,8 +7,8 @@
     ./benchmark.sh --engine slurm                            # as one array job
 
 A run is a folder RESULTS/<script>/<task>/<variant>/<seed>. One whose summary.json says `complete` is skipped, one that
-was cut off is resumed, so the same command goes on after any interruption. A run that fails, or whose folder is damaged,
-is named at the end (exit code 1); the others go on. `python benchmark/report.py RESULTS` makes the tables.
+was cut off is resumed, so the same command goes on after any interruption. A run that fails, or whose folder is
+damaged, is named at the end (exit code 1); the others go on. `python benchmark/report.py RESULTS` makes the tables.
 """
 
 import fcntl

@@ -21,11 +21,14 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
+import zipfile
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import pairwise
@@ -135,12 +138,29 @@ def rollouts(weights, hidden, gym_id, num_steps, num_envs, seed, bar):
     return episodes
 
 
+@contextmanager
+def own_store(root):
+    """A temporary folder in `root`, on the same disk so that it can be renamed. Removes what killed makers left."""
+    prefix = f".making-{socket.gethostname()}-"
+    root.mkdir(parents=True, exist_ok=True)
+    for left in root.glob(f"{prefix}*"):
+        try:
+            os.kill(int(left.name.removeprefix(prefix).split("-")[0]), 0)
+        except (ProcessLookupError, ValueError):  # its process is gone
+            shutil.rmtree(left, ignore_errors=True)
+        except PermissionError:  # it lives, under another user
+            continue
+    with tempfile.TemporaryDirectory(dir=root, prefix=f"{prefix}{os.getpid()}-") as store:
+        yield store
+
+
 def collect(args, path):
     """Rolls out the behaviour policies and writes `o2o/<env_id>` into the local Minari store, all of it or nothing."""
     name, quality = parse_task(args.env_id)
     gym_id, low, high = ENVS[name]
     dataset_id = f"o2o/{args.env_id}"
-    target = Path(get_dataset_path(dataset_id))
+    root = Path(get_dataset_path()).resolve()
+    target = root / dataset_id
     if target.exists() and not args.overwrite:
         raise UserError(f"dataset {dataset_id} exists at {target}; pass --overwrite to make it again")
     policies = {"hidden": []}
@@ -162,8 +182,7 @@ def collect(args, path):
     rolled = time.time() - started
 
     # written into a store of its own and then renamed: an interrupted run leaves no half dataset behind
-    root = get_dataset_path()
-    with tempfile.TemporaryDirectory(dir=root, prefix=".collect-") as store, warnings.catch_warnings():
+    with own_store(root) as store, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # Minari would like an author's e-mail address
         os.environ["MINARI_DATASETS_PATH"] = store
         try:
@@ -252,11 +271,16 @@ class UserError(Exception):
 
 
 def load_file(path):
-    """torch.load of tensors, numbers and strings, so no code. Raises UserError if the file is missing or broken."""
+    """torch.load of tensors, numbers and strings, so no code. Raises UserError if the file is missing or damaged."""
     try:
+        if not Path(path).is_file():
+            raise FileNotFoundError("there is no such file")
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():  # torch does not look at its own checksums
+                raise ValueError(f"the checksum of {damaged} is wrong")
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a damaged zip or pickle raises nearly anything
-        reason = type(error).__name__ if Path(path).exists() else "there is no such file"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()):.80}"
         raise UserError(f"{path} is missing, incomplete or no checkpoint of ours ({reason})") from error
 
 

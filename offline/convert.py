@@ -20,9 +20,11 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,17 +58,27 @@ REFERENCES = {
 }
 
 
-def read_d4rl(path):
+def read_d4rl(path, max_steps):
     """-> episodes [(observations (T+1, O), actions (T, A), rewards (T,), terminations (T,))] of a file in D4RL layout.
-    Raises UserError if it is no such file, or if its columns do not fit together."""
+    Without timeouts in it, an episode ends after `max_steps`, the time limit of the environment. Raises UserError if
+    it is no such file, or if its columns do not fit together."""
     try:
         with h5py.File(path) as file:
             obs, actions, rewards, ends = (file[key][()] for key in ("observations", "actions", "rewards", "terminals"))
-            limits = file["timeouts"][()] if "timeouts" in file else np.zeros(len(ends))
+            limits = file["timeouts"][()] if "timeouts" in file else None
+        if limits is None:
+            steps, limits = 0, np.zeros(len(ends))
+            for i in range(len(ends)):
+                steps = 0 if ends[i] else steps + 1
+                if steps == max_steps:
+                    steps, limits[i] = 0, 1
         lengths = {len(column) for column in (obs, actions, rewards, ends, limits)}
-        ends, limits = ends.astype(bool).ravel(), limits.astype(bool).ravel()
+        if not all(np.isin(np.asarray(flags, float), (0, 1)).all() for flags in (ends, limits)):
+            raise ValueError("terminals and timeouts have to be 0 or 1")
+        ends, limits = ends.astype(bool).reshape(len(ends)), limits.astype(bool).reshape(len(limits))
         obs, actions, rewards = (column.astype(np.float32) for column in (obs, actions, rewards))
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        rewards = rewards.reshape(len(rewards))  # a column of them is fine, several columns are not
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, MemoryError) as error:
         raise UserError(f"{path} is not a complete HDF5 file in D4RL's layout ({error})") from error
     if len(lengths) != 1:
         raise UserError(f"{path}: observations, actions, rewards, terminals and timeouts differ in length")
@@ -77,7 +89,7 @@ def read_d4rl(path):
         else:
             observations, stop = obs[start : last + 1], last
         if stop > start:
-            episodes.append((observations, actions[start:stop], rewards[start:stop].ravel(), ends[start:stop]))
+            episodes.append((observations, actions[start:stop], rewards[start:stop], ends[start:stop]))
         start = last + 1
     return episodes
 
@@ -132,6 +144,8 @@ def flat_environment(env, keys):
     def actions(action):
         action = np.asarray(action, np.float64).reshape(len(action), -1)
         scaled = action if same else 2 * (action - low) / (high - low) - 1
+        if abs(scaled).max(initial=0) > 2:
+            raise ValueError(f"actions reach {abs(scaled).max():.3g} times the border of the environment's box")
         return scaled.clip(-1, 1).astype(np.float32)  # a policy's sample may lie outside; what was executed does not
 
     return env, observations, actions
@@ -144,21 +158,28 @@ def is_flat(space):
 def convert(args):
     """-> episodes ready to be written, the environment, the reference returns. Raises UserError."""
     references, name = (None, None), args.source
-    if name.endswith((".hdf5", ".h5")):
+    from_file = name.endswith((".hdf5", ".h5"))
+    if from_file and not Path(name).is_file():
+        raise UserError(f"there is no file {name}")
+    if from_file:
         if args.env is None:
             raise UserError(
                 f"{name} does not say where it was collected; name the environment, such as --env Hopper-v4"
             )
-        raw = read_d4rl(name)
     else:
         raw, source = read_minari(name)
         references = tuple(source.storage.metadata.get(key) for key in ("ref_min_score", "ref_max_score"))
     try:
         env = gym.make(args.env) if args.env else source.recover_environment()
+        limit = env.spec.max_episode_steps
         known = REFERENCES.get(env.spec.id.split("-v")[0], (None, None))
     except Exception as error:  # whatever gymnasium or the simulator raises
         reason = " ".join(str(error).split())
         raise UserError(f"the environment of {name} cannot be made here ({reason}); name another with --env") from error
+    if limit is None:
+        raise UserError(f"{env.spec.id} has no time limit, so an evaluation on it might never end")
+    if from_file:
+        raw = read_d4rl(name, limit)
     env, observations, actions = flat_environment(env, args.keys)
     (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
     episodes = []
@@ -185,12 +206,29 @@ def convert(args):
     return episodes, env, (low, high)
 
 
+@contextmanager
+def own_store(root):
+    """A temporary folder in `root`, on the same disk so that it can be renamed. Removes what killed makers left."""
+    prefix = f".making-{socket.gethostname()}-"
+    root.mkdir(parents=True, exist_ok=True)
+    for left in root.glob(f"{prefix}*"):
+        try:
+            os.kill(int(left.name.removeprefix(prefix).split("-")[0]), 0)
+        except (ProcessLookupError, ValueError):  # its process is gone
+            shutil.rmtree(left, ignore_errors=True)
+        except PermissionError:  # it lives, under another user
+            continue
+    with tempfile.TemporaryDirectory(dir=root, prefix=f"{prefix}{os.getpid()}-") as store:
+        yield store
+
+
 def write_dataset(args, episodes, env, references):
     """All of it or nothing: written into a store of its own, then renamed."""
-    root, target = get_dataset_path(), Path(get_dataset_path(args.to))
+    root = Path(get_dataset_path()).resolve()
+    target = root / args.to
     low, high = references
     options = {} if low is None else {"ref_min_score": float(low), "ref_max_score": float(high)}
-    with tempfile.TemporaryDirectory(dir=root, prefix=".convert-") as store, warnings.catch_warnings():
+    with own_store(root) as store, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Minari would like an author's e-mail address
         os.environ["MINARI_DATASETS_PATH"] = store
         try:
@@ -212,7 +250,7 @@ def write_dataset(args, episodes, env, references):
         namespace = args.to.rsplit("/", 1)[0]
         if "/" in args.to and namespace not in list_local_namespaces():
             create_namespace(namespace)
-        if target.exists():
+        if args.overwrite and target.exists():
             shutil.rmtree(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(Path(store) / args.to, target)
@@ -235,7 +273,8 @@ def check_spec(spec, name):
         spec, places = json.loads(spec), {f"{getattr(gym.wrappers, w).__module__}:{w}" for w in harmless}
         good = {wrapper["entry_point"] for wrapper in spec["additional_wrappers"]} <= places
         good &= gym.registry[spec["id"]].entry_point == spec["entry_point"]
-    except (ValueError, TypeError, KeyError) as error:
+        good &= not any(isinstance(value, str) and "/" in value for value in spec["kwargs"].values())  # files
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{name} names no environment that gymnasium knows ({error!r}); none was made") from error
     if not good:
         raise UserError(f"{name} names {spec['id']} with code or wrappers that are not gymnasium's; none was made")

@@ -19,13 +19,14 @@ import fcntl
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
@@ -33,7 +34,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import gymnasium as gym
-import matplotlib.pyplot as plt
 import minari
 import numpy as np
 import torch
@@ -140,17 +140,17 @@ def reward_scale(rewards, last):
 def train_offline(args, run, stage, steps, update, rows, shape, check, extra=lambda step: ()):
     """`steps` updates on batches of `rows`, with standard normal noise of `shape` and whatever `extra(step)` gives.
     Every eval_every_updates logs their numbers and those of `check()`, and saves."""
-    progress, generator, clock, count = run.progress, run.generator, time.time(), 0
+    progress, generator, clock, count = run.progress, run.generator, time.monotonic(), 0
     for step in tqdm(range(progress["step"] + 1, steps + 1), desc=stage, unit="update", disable=None):
         index = torch.randint(len(rows), (args.batch_size,), generator=generator, device=generator.device)
         noise = torch.randn(shape, generator=generator, device=generator.device)
         values, count = update(rows[index], noise, *extra(step)), count + 1
         if step % args.eval_every_updates == 0 or step == steps:
             values = {key: float(value) for key, value in values.items()}  # waits for a GPU, so the clock is right
-            progress["step"], progress["updates_per_second"][stage] = step, count / (time.time() - clock)
+            progress["step"], progress["updates_per_second"][stage] = step, count / max(time.monotonic() - clock, 1e-9)
             run.log(stage, step, values | {"updates_per_second": progress["updates_per_second"][stage]} | check())
             run.save()
-            clock, count = time.time(), 0
+            clock, count = time.monotonic(), 0
 
 
 def train(args, run, data):
@@ -307,7 +307,7 @@ class Adam:
 
     def load_state_dict(self, saved):
         for mine, value in zip(self.state_dict()["state"], saved["state"], strict=True):
-            mine.copy_(value)
+            mine.copy_(value.view(mine.shape))  # without it a smaller one would be broadcast
 
 
 @torch.no_grad()
@@ -321,13 +321,20 @@ def numbers(**values):
 
 
 def compile_update(update, args):
-    """The whole update as one graph (CUDA graphs on a GPU); with --no-compile, or no compiler, the function itself."""
-    if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
-        print("no C++ compiler found: the update runs uncompiled, about a third slower", file=sys.stderr)
-        return update
+    """The whole update as one graph (CUDA graphs on a GPU); with --no-compile, or no compiler that works, eagerly."""
     torch._dynamo.config.trace_autograd_ops = True  # lets torch.autograd.grad stay inside the graph
     mode = "reduce-overhead" if args.cuda else "default"
-    return torch.compile(update, mode=mode, fullgraph=True) if args.compile else update
+    ways = [torch.compile(update, mode=mode, fullgraph=True)] * args.compile + [update]
+
+    def run(*inputs):
+        try:
+            return ways[0](*inputs)
+        except torch._dynamo.exc.BackendCompilerFailed as error:  # before anything was computed
+            reason = f"{type(error.inner_exception).__name__}; the updates run uncompiled, about a third slower"
+            print(f"no C++ compiler that works: {reason}", file=sys.stderr)
+            return ways.pop(0) and update(*inputs)
+
+    return run if args.compile else update
 
 
 class UserError(Exception):
@@ -370,7 +377,8 @@ def check_spec(spec, name):
         spec, places = json.loads(spec), {f"{getattr(gym.wrappers, w).__module__}:{w}" for w in harmless}
         good = {wrapper["entry_point"] for wrapper in spec["additional_wrappers"]} <= places
         good &= gym.registry[spec["id"]].entry_point == spec["entry_point"]
-    except (ValueError, TypeError, KeyError) as error:
+        good &= not any(isinstance(value, str) and "/" in value for value in spec["kwargs"].values())  # files
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{name} names no environment that gymnasium knows ({error!r}); none was made") from error
     if not good:
         raise UserError(f"{name} names {spec['id']} with code or wrappers that are not gymnasium's; none was made")
@@ -380,15 +388,16 @@ def load_data(args, device):
     """args.dataset, or the local o2o/<env_id>, which offline/collect.py makes if it is missing. Raises UserError if
     there is no such dataset, or if it is not flat, not finite, or of no environment here."""
     name, here = args.dataset or f"o2o/{args.env_id}", Path(__file__).resolve().parent
-    folder, scripts = Path(get_dataset_path(name)), [here / "offline/collect.py", here / "collect.py"]
-    if not folder.exists() and not args.dataset:
-        script = next((path for path in scripts if path.exists()), None)
-        print(f"there is no dataset {name} yet; it is made by {script or 'offline/collect.py'}", flush=True)
-        if script is None or subprocess.run([sys.executable, script, "--env-id", args.env_id]).returncode:
-            raise UserError(f"no dataset {name}; make it with offline/collect.py, or name one with --dataset")
+    scripts = [path for path in (here / "offline/collect.py", here / "collect.py") if path.exists()]
     try:
-        if not folder.exists():
+        folder = Path(get_dataset_path(name))
+        if not folder.exists() and args.dataset:
+            print(f"there is no local dataset {name}: looking for it at Minari's remote", flush=True)
             minari.download_dataset(name)
+        elif not folder.exists():
+            print(f"there is no dataset {name} yet; it is made by offline/collect.py", flush=True)
+            if not scripts or subprocess.run([sys.executable, scripts[0], "--env-id", args.env_id]).returncode:
+                raise UserError(f"no dataset {name}; make it with offline/collect.py, or name one with --dataset")
         check_spec(json.loads((folder / "data/metadata.json").read_text()).get("env_spec"), name)
         source = minari.load_dataset(name)
         env, episodes = source.recover_environment(), list(source.iterate_episodes())
@@ -398,14 +407,18 @@ def load_data(args, device):
         last = np.concatenate([np.arange(len(e.rewards)) == len(e.rewards) - 1 for e in episodes])
         points = [source.storage.metadata.get(key) for key in ("ref_min_score", "ref_max_score")]
         low, high = (0.0, 100.0) if None in points else map(float, points)
+        boxed = (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
+        flat = boxed and rows.shape[1] == 2 * obs_dim + act_dim + 2 and np.isfinite(rows).all() and low < high
+        flat = flat and abs(rows[:, obs_dim:][:, :act_dim]).max() <= 1.001 and np.isin(rows[:, -1], (0, 1)).all()
+        if not flat:
+            raise UserError(f"{name} is not flat and finite, with actions in [-1, 1]; offline/convert.py makes it so")
+        if env.spec.max_episode_steps is None:
+            raise UserError(f"{name}: {env.spec.id} has no time limit, so an evaluation might never end")
     except UserError:
         raise
     except Exception as error:  # whatever the store, the network or the simulator raises
         reason = f"({' '.join(str(error).split()) or type(error).__name__})"
         raise UserError(f"cannot use the dataset {name} {reason}; `minari list local` shows what there is") from error
-    boxed = (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
-    if not (boxed and rows.shape[1] == 2 * obs_dim + act_dim + 2 and np.isfinite(rows).all() and low < high):
-        raise UserError(f"{name} is not flat, finite and with actions in [-1, 1]; offline/convert.py makes such data")
     data = Data(name, *(torch.from_numpy(x).to(device) for x in (rows, last)), obs_dim, act_dim, (low, high), source)
     score = f"score {data.score(np.mean([e.rewards.sum() for e in episodes])):.1f}"
     scale = "the return, for lack of references" if None in points else f"0 at a return of {low:.0f}, 100 at {high:.0f}"
@@ -451,21 +464,36 @@ def score_policy(args, run, data, envs):
 
 
 def closing_score(args, policy, data, envs, episodes=50):
-    """The score over `episodes` or a few more, from start states that no evaluation has seen."""
+    """-> the score over `episodes` or a few more, from start states that no other evaluation sees, and the standard
+    error of that mean."""
     seeds = range(200_000_000 + 1_000_000 * args.seed, 10**12, len(envs))[: -(-episodes // len(envs))]
-    return data.score(np.mean([evaluate(mode_of(policy), envs, seed, data.rows.device)[0] for seed in seeds]))
+    returns = np.concatenate([evaluate(mode_of(policy), envs, seed, data.rows.device)[0] for seed in seeds])
+    scores = np.array([data.score(x) for x in returns])
+    return float(scores.mean()), float(scores.std() / math.sqrt(len(scores)))
 
 
 def finish(args, run, data, envs, **more):
     """The closing score, and the checkpoint that fine-tuning loads: plain tensors, numbers and strings; `more` of it
     than the policy."""
-    score, actor = closing_score(args, run.nets["actor"], data, envs), run.nets["actor"]
-    run.progress["closing_score"] = score
+    actor, progress = run.nets["actor"], run.progress
+    score, progress["closing_error"] = closing_score(args, actor, data, envs)
+    progress["closing_score"] = score
     origin = {"format": 1, "algorithm": ALGORITHM, "env_id": args.env_id, "dataset": data.name}
     weights = {"actor": {key: value.cpu() for key, value in actor.state_dict().items()}}
     flags = {key: value for key, value in asdict(args).items() if key not in ("output", "run_dir", "resume")}
     numbers = {"step": args.updates, "score": score, "args": flags, "versions": versions()}
     save_file({**origin, **weights, **more, **numbers}, Path(args.output))
+
+
+def check_output(args, default):
+    """Makes --output absolute. Raises UserError if it cannot be written: before training, not after it."""
+    path = Path(args.output or Path(__file__).resolve().parent / "checkpoints" / args.env_id / default).resolve()
+    folder = next(parent for parent in path.parents if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"{path} cannot be written; name another --output")
+    if path.exists() and not (args.overwrite or args.resume):
+        raise UserError(f"{path} exists; pass --overwrite to replace it, or --output to write elsewhere")
+    args.output = str(path)
 
 
 def save_file(payload, path):
@@ -481,11 +509,16 @@ def save_file(payload, path):
 
 
 def load_file(path):
-    """torch.load of tensors, numbers and strings, so no code. Raises UserError if the file is missing or broken."""
+    """torch.load of tensors, numbers and strings, so no code. Raises UserError if the file is missing or damaged."""
     try:
+        if not Path(path).is_file():
+            raise FileNotFoundError("there is no such file")
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():  # torch does not look at its own checksums
+                raise ValueError(f"the checksum of {damaged} is wrong")
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a damaged zip or pickle raises nearly anything
-        reason = type(error).__name__ if Path(path).exists() else "there is no such file"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()):.80}"
         raise UserError(f"{path} is missing, incomplete or no checkpoint of ours ({reason})") from error
 
 
@@ -500,37 +533,53 @@ class Run:
     before `restore`, when all that can be refused has been."""
 
     def __init__(self, args, progress):
-        default = f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.args, self.dir = args, Path(args.resume or args.run_dir or default)
+        default = f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+        self.args, self.dir, self.writing = args, Path(args.resume or args.run_dir or default), False
         if not args.resume and (self.dir / "args.json").exists():
             raise UserError(f"{self.dir} holds a run already; continue it with --resume or name another --run-dir")
-        begun = args.resume and (self.dir / "resume.pt").exists()
-        self.saved = {"metrics": [], "seconds": 0.0} | (load_file(self.dir / "resume.pt") if begun else {})
-        self.progress, self.metrics = progress | self.saved.get("progress", {}), self.saved["metrics"]
-        self.started, self.writing = time.time() - self.saved["seconds"], False
+        self.begun, self.saved = (
+            args.resume and (self.dir / "resume.pt").exists(),
+            {"progress": progress, "metrics": []},
+        )
+        self.saved |= {"seconds": 0.0} | (load_file(self.dir / "resume.pt") if self.begun else {})
+        self.progress, self.metrics = self.saved["progress"], self.saved["metrics"]
+        try:
+            same = all(x is None or isinstance(self.progress[key], type(x)) for key, x in progress.items())
+            json.dumps([self.progress, list(map(json.loads, self.metrics))])
+            self.started = time.monotonic() - float(self.saved["seconds"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{self.dir}/resume.pt is damaged ({type(error).__name__})") from error
+        if not same:
+            raise UserError(f"{self.dir}/resume.pt is of another script, or damaged")
 
     def restore(self, nets, optimizers, generator):
         """Names what resume.pt holds, loads it when this run continues one, and begins to write."""
         self.nets, self.optimizers, self.generator = nets, optimizers, generator
+        if self.args.track:
+            import wandb
+
+            names = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity, "name": self.dir.name}
+            names["id"] = self.progress.setdefault("wandb_id", os.urandom(4).hex())  # a resumed run goes on there
+            try:
+                wandb.init(**names, resume="allow", config=asdict(self.args), sync_tensorboard=True)
+            except wandb.errors.Error as error:
+                raise UserError(f"--track: {' '.join(str(error).split())}; `wandb login` first") from error
         self.dir.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.dir / "lock", "a")  # the operating system lets go of it when the process ends
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for kind, parts in {"nets": nets, "optimizers": optimizers}.items():
-                for key, part in parts.items() if kind in self.saved else ():
+                for key, part in parts.items() if self.begun else ():
                     part.load_state_dict(self.saved[kind][key])
-            generator.set_state(self.saved.get("generator", generator.get_state()))
+            generator.set_state(self.saved["generator"] if self.begun else generator.get_state())
+            if not all(x.isfinite().all() for net in nets.values() for x in net.state_dict().values()):
+                raise ValueError("numbers that are not finite")
         except BlockingIOError as error:
             raise UserError(f"another process writes to {self.dir}; wait for it, or name another --run-dir") from error
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{self.dir}/resume.pt does not fit this run ({type(error).__name__})") from error
         save_file(json.dumps({"algorithm": ALGORITHM, **asdict(self.args)}, indent=1), self.dir / "args.json")
         save_file("".join(self.metrics), self.dir / "metrics.jsonl")  # rows after resume.pt will be written again
-        if self.args.track:
-            import wandb
-
-            names = {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity, "name": self.dir.name}
-            wandb.init(**names, config=asdict(self.args), sync_tensorboard=True)
         self.board, self.writing = SummaryWriter(self.dir / "tensorboard"), True
         self.summarize("running")
 
@@ -539,7 +588,7 @@ class Run:
         parts = {"nets": self.nets, "optimizers": self.optimizers}
         state = {kind: {key: part.state_dict() for key, part in parts[kind].items()} for kind in parts}
         state |= {"generator": self.generator.get_state(), "progress": self.progress, "metrics": self.metrics}
-        save_file({**state, "seconds": time.time() - self.started, **extra}, self.dir / "resume.pt")
+        save_file({**state, "seconds": time.monotonic() - self.started, **extra}, self.dir / "resume.pt")
 
     def enter(self, stage):
         """The border between two stages is a point to resume from."""
@@ -551,30 +600,28 @@ class Run:
         not finite: resume.pt then keeps the last good state."""
         row = {f"{stage}/{key}": float(value) for key, value in values.items()}
         if bad := [key for key, value in row.items() if not math.isfinite(value)]:
-            hint = f"{self.dir}/resume.pt keeps the last good state, lower the learning rates or check the data"
-            raise UserError(f"{bad[0]} is not finite at step {step}; {hint}")
+            hint = f"{self.dir}/resume.pt keeps the last good state, " * (self.dir / "resume.pt").exists()
+            raise UserError(f"{bad[0]} is not finite at step {step}; {hint}lower the learning rates or check the data")
         print(f"{stage} {step}: " + ", ".join(f"{key} {float(x):.4g}" for key, x in values.items()), flush=True)
         for key, value in row.items():
             self.board.add_scalar(key, value, step)
         self.metrics.append(json.dumps({"stage": stage, "step": step, **row}) + "\n")
-        with open(self.dir / "metrics.jsonl", "a") as file:
-            file.write(self.metrics[-1])
+        save_file("".join(self.metrics), self.dir / "metrics.jsonl")
         draw_curve(self)
 
     def summarize(self, status):
         """Writes and returns summary.json: scores in D4RL's points, `scores` [environment step, score]."""
-        args, progress, scores = self.args, self.progress, [score for _, score in self.progress.get("scores", [])]
-        summary = {
-            "env_id": args.env_id,
-            "dataset": getattr(args, "dataset", None) or f"o2o/{args.env_id}",
-            "algorithm": ALGORITHM,
-        }
-        summary |= {"seed": args.seed, **{key: value for key, value in progress.items() if key not in PRIVATE.split()}}
-        if scores:
-            early = [score for step, score in progress["scores"] if step <= args.online_steps / 10] or scores[:1]
+        args, progress = self.args, self.progress
+        origin = {"env_id": args.env_id, "dataset": getattr(args, "dataset", None) or f"o2o/{args.env_id}"}
+        public = {key: value for key, value in progress.items() if key not in PRIVATE.split()}
+        summary = origin | {"algorithm": ALGORITHM, "seed": args.seed} | public
+        if scores := [score for _, score in progress.get("scores", [])]:
+            first = getattr(args, "warm_up", 0) + args.online_steps / 10  # before the warm-up ends nothing can drop
+            early = [score for step, score in progress["scores"] if step <= first] or scores[:1]
             summary |= {"final_score": float(np.mean(scores[-5:])), "best_score": max(scores)}
-            summary |= {"initial_drop": progress["offline_score"] - min(early), "auc": float(np.mean(scores))}
-        summary |= {"wall_seconds": time.time() - self.started, "versions": versions(), "status": status}
+            summary |= {"lowest_score": min(scores), "auc": float(np.mean(scores))}
+            summary |= {"initial_drop": progress["start_score"] - min(early)}  # from the policy that enters the stage
+        summary |= {"wall_seconds": time.monotonic() - self.started, "versions": versions(), "status": status}
         if self.writing:  # else the run was refused
             save_file(json.dumps(summary, indent=1), self.dir / "summary.json")
         return summary
@@ -582,27 +629,35 @@ class Run:
 
 def draw_curve(run):
     """curve.png: the score over the steps of each stage, the offline policy's dashed."""
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook names one of its own, which is not there
+    from matplotlib.figure import Figure
+
     rows = [row for row in map(json.loads, run.metrics) if f"{row['stage']}/score" in row]
-    stages = list(dict.fromkeys(row["stage"] for row in rows)) or ["online"]
-    figure, axes = plt.subplots(1, len(stages), figsize=(4.5 * len(stages), 3.5), squeeze=False, layout="constrained")
-    for axis, stage in zip(axes[0], stages, strict=True):
+    stages, figure = list(dict.fromkeys(row["stage"] for row in rows)) or ["online"], Figure(layout="constrained")
+    for axis, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
         points = [(row["step"], row[f"{stage}/score"]) for row in rows if row["stage"] == stage]
-        axis.plot([step for step, _ in points], [score for _, score in points], ".-", label=run.args.exp_name)
+        if stage == "online":
+            points = [(0, run.progress["start_score"]), *points]
+        axis.plot(*zip(*points, strict=True), ".-", label=run.args.exp_name)
         if run.progress.get("offline_score") is not None:
             axis.axhline(run.progress["offline_score"], color="black", linestyle="--", label="offline policy")
         axis.set(title=stage, xlabel="environment steps" if stage == "online" else "updates", ylabel="score")
         axis.legend(fontsize=8)
+    figure.set_size_inches(4.5 * len(stages), 3.5)
     figure.savefig(run.dir / "curve.png", dpi=100)
-    plt.close(figure)
 
 
 def check_ranges(args):
-    """Every number lies in its range, so that nothing fails, or does nonsense, after hours. Raises UserError."""
-    for (low, high), flags in RANGES.items():
-        for flag in flags.split():
-            value = getattr(args, flag)
-            if value is not None and not (isinstance(value, int | float) and low <= value <= high):
-                raise UserError(f"--{flag.replace('_', '-')} is {value}; it has to lie between {low:g} and {high:g}")
+    """Every number lies in its range, and every other flag has its type (args.json of a run may hold anything), so that
+    nothing fails, or does nonsense, after hours. Raises UserError."""
+    ranges = {flag: borders for borders, flags in RANGES.items() for flag in flags.split()}
+    for flag, value in asdict(args).items():
+        low, high = ranges.get(flag, (False, True))
+        text = flag not in ranges and not isinstance(getattr(Args, flag), bool)
+        good = isinstance(value, str | None) if text else isinstance(value, int | float) and low <= value <= high
+        if not good and (value is not None or getattr(Args, flag) is not None):
+            hint = "be text" if text else f"lie between {low:g} and {high:g}"
+            raise UserError(f"--{flag.replace('_', '-')} is {' '.join(str(value).split())}; it has to {hint}")
 
 
 def parse_args(argv=None):
@@ -645,11 +700,7 @@ def main(args: Args):
     torch.set_num_threads(args.num_threads)
     if args.cuda and not torch.cuda.is_available():
         raise UserError("--cuda was asked for but torch sees no CUDA device; leave it out to run on the CPU")
-    if args.output is None:
-        name = "iql.pt" if args.num_critics == 2 else f"iql_{args.num_critics}.pt"
-        args.output = str(Path(__file__).resolve().parent / "checkpoints" / args.env_id / name)
-    if Path(args.output).exists() and not (args.overwrite or args.resume):
-        raise UserError(f"{args.output} exists; pass --overwrite to replace it, or --output to write elsewhere")
+    check_output(args, "iql.pt" if args.num_critics == 2 else f"iql_{args.num_critics}.pt")
     run = Run(args, {"stage": "offline", "step": 0, "closing_score": None, "updates_per_second": {}})
     data, status = load_data(args, torch.device("cuda" if args.cuda else "cpu")), "failed"
     try:

@@ -1,7 +1,10 @@
 """Foreign data: what they become, what is refused in one sentence, and that nothing of theirs is run."""
 
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import convert
 import gymnasium as gym
@@ -68,6 +71,11 @@ def test_d4rl_file_drops_the_step_at_a_time_limit(tmp_path):
         ({"actions": np.zeros((9, ACT + 1), dtype=np.float32)}, "shapes"),
         ({"rewards": np.zeros(8, dtype=np.float32)}, "length"),
         ({"rewards": np.array([b"x"] * 9)}, "layout"),
+        ({"rewards": np.zeros((9, 2), dtype=np.float32)}, "layout"),
+        ({"terminals": np.array([b"x"] * 9)}, "layout"),
+        ({"terminals": np.full(9, np.nan)}, "0 or 1"),
+        ({"actions": np.full((9, ACT), 3.0, dtype=np.float32)}, "3 times the border"),
+        ({"observations": np.float32(1)}, "layout"),
         ({key: np.zeros((0, *shape)) for key, shape in (("observations", (OBS,)), ("actions", (ACT,)), ("rewards", ()),
                                                         ("terminals", ()), ("timeouts", ()))}, "empty"),
     ],
@@ -87,7 +95,7 @@ def test_truncated_and_missing_files_and_environments_are_refused(tmp_path):
     with pytest.raises(convert.UserError, match="cannot be made here"):
         convert.main(convert.Args(source=str(path), to="mine/bad-v0", env="NoSuchEnv-v0"))
     path.write_bytes(path.read_bytes()[:500])
-    for file in (path, tmp_path / "missing.hdf5"):
+    for file in (path,):
         with pytest.raises(convert.UserError, match="not a complete HDF5 file"):
             convert.main(convert.Args(source=str(file), to="mine/bad-v0", env="Hopper-v5"))
 
@@ -184,3 +192,42 @@ def test_a_foreign_dataset_runs_no_code(minari_store, tmp_path, capsys, monkeypa
             error = capsys.readouterr().err
             assert stop.value.code == 2 and error.count("\n") == 1 and "none was made" in error
     assert not (tmp_path / "exploded").exists() and not (minari_store / "mine/never-v0").exists()
+
+
+def test_a_column_of_rewards_is_fine(tmp_path):
+    path = write_d4rl(tmp_path / "d.hdf5", rewards=np.arange(9, dtype=np.float32)[:, None])
+    assert converted(path, "--env", "Hopper-v5").split(torch.zeros(1, 27))[2].shape == (1,)
+
+
+def test_a_file_without_timeouts_is_split_at_the_time_limit(tmp_path):
+    """HalfCheetah never terminates: read as one, row 999 would lead into the next reset."""
+    n = 2500
+    shapes = {"observations": (n, 17), "actions": (n, 6), "rewards": (n,), "terminals": (n,)}
+    with h5py.File(tmp_path / "c.hdf5", "w") as file:
+        for key, shape in shapes.items():
+            file[key] = np.zeros(shape, dtype=np.float32)
+        file["observations"][:] = np.arange(n)[:, None]
+    data = converted(tmp_path / "c.hdf5", "--env", "HalfCheetah-v5")
+    obs, _, _, next_obs, _ = data.split(data.rows)
+    assert data.last.sum() == 3 and (next_obs[:, 0] == obs[:, 0] + 1).all()
+    assert not {999.0, 1999.0} & set(obs[:, 0].tolist())
+
+
+def test_what_is_not_there_or_cannot_end_is_said_at_once(tmp_path):
+    with pytest.raises(convert.UserError, match="there is no file"):
+        convert.main(convert.Args(source=str(tmp_path / "no.hdf5"), to="mine/no-v0", env="Hopper-v5"))
+    gym.register("Endless-v0", "gymnasium.envs.mujoco.hopper_v5:HopperEnv")
+    with pytest.raises(convert.UserError, match="no time limit"):
+        convert.main(convert.Args(source=write_d4rl(tmp_path / "d.hdf5"), to="mine/no-v0", env="Endless-v0"))
+
+
+def test_what_a_killed_maker_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+    host = convert.socket.gethostname()
+    process = subprocess.Popen(["true"])
+    process.wait()
+    dead, alive = (tmp_path / f".making-{host}-{pid}-x" for pid in (process.pid, os.getppid()))
+    for folder in (dead, alive):
+        folder.mkdir()
+    with convert.own_store(tmp_path) as store:
+        assert not dead.exists() and alive.exists() and Path(store).exists()
+    assert not Path(store).exists()

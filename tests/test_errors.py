@@ -21,6 +21,7 @@ import o2o_td3
 
 
 def refused(capsys, monkeypatch, module, *argv):
+    capsys.readouterr()
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, argv)])
     with pytest.raises(SystemExit) as stop:
         module.run_cli(module.main)
@@ -122,7 +123,7 @@ def test_resume_needs_a_run_of_this_algorithm(capsys, monkeypatch, tmp_path):
         (tmp_path / "args.json").write_text(damaged)
         assert "no run of this script" in refused(capsys, monkeypatch, o2o_sac, "--resume", tmp_path)
     (tmp_path / "args.json").write_text(json.dumps({"algorithm": "cql", "seed": 1}))
-    assert "run of cql" in refused(capsys, monkeypatch, o2o_sac, "--resume", tmp_path)
+    assert "a run of cql" in refused(capsys, monkeypatch, o2o_sac, "--resume", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -246,10 +247,19 @@ def test_sizes_of_ppo_that_do_not_divide(capsys, monkeypatch):
     assert "--num-envs" in refused(capsys, monkeypatch, o2o_ppo, "--num-envs", "3")
 
 
-def test_no_compiler_falls_back_to_eager(monkeypatch, capsys):
-    monkeypatch.setattr(o2o_sac.shutil, "which", lambda name: None)
-    assert o2o_sac.compile_update(len, o2o_sac.Args()) is len
-    assert "no C++ compiler" in capsys.readouterr().err
+@pytest.mark.parametrize("compiler", ["missing", "broken"])
+def test_no_compiler_that_works_falls_back_to_eager(capsys, tmp_path, compiler):
+    path = tmp_path / "c++"
+    if compiler == "broken":  # as without Python.h: it says who it is, and compiles nothing
+        path.write_text('#!/bin/sh\ncase "$*" in *--version*) echo "g++ 13.0"; exit 0;; esac\nexit 1\n')
+        path.chmod(0o755)
+    with torch._inductor.config.patch({"cpp.cxx": (str(path),), "force_disable_caches": True}):
+        torch._dynamo.reset()
+        update = o2o_sac.compile_update(lambda x: (2.5 * x).exp().sum() + x.cumsum(0), o2o_sac.Args())
+        for _ in range(2):
+            assert update(torch.zeros(7)).tolist() == [7] * 7
+    torch._dynamo.reset()
+    assert capsys.readouterr().err.count("no C++ compiler that works") == 1
 
 
 def test_the_command_itself_exits_with_2_and_no_traceback(minari_store):

@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -138,7 +139,8 @@ def check_spec(spec, name):
         spec, places = json.loads(spec), {f"{getattr(gym.wrappers, w).__module__}:{w}" for w in harmless}
         good = {wrapper["entry_point"] for wrapper in spec["additional_wrappers"]} <= places
         good &= gym.registry[spec["id"]].entry_point == spec["entry_point"]
-    except (ValueError, TypeError, KeyError) as error:
+        good &= not any(isinstance(value, str) and "/" in value for value in spec["kwargs"].values())  # files
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{name} names no environment that gymnasium knows ({error!r}); none was made") from error
     if not good:
         raise UserError(f"{name} names {spec['id']} with code or wrappers that are not gymnasium's; none was made")
@@ -148,15 +150,16 @@ def load_data(args, device):
     """args.dataset, or the local o2o/<env_id>, which offline/collect.py makes if it is missing. Raises UserError if
     there is no such dataset, or if it is not flat, not finite, or of no environment here."""
     name, here = args.dataset or f"o2o/{args.env_id}", Path(__file__).resolve().parent
-    folder, scripts = Path(get_dataset_path(name)), [here / "offline/collect.py", here / "collect.py"]
-    if not folder.exists() and not args.dataset:
-        script = next((path for path in scripts if path.exists()), None)
-        print(f"there is no dataset {name} yet; it is made by {script or 'offline/collect.py'}", flush=True)
-        if script is None or subprocess.run([sys.executable, script, "--env-id", args.env_id]).returncode:
-            raise UserError(f"no dataset {name}; make it with offline/collect.py, or name one with --dataset")
+    scripts = [path for path in (here / "offline/collect.py", here / "collect.py") if path.exists()]
     try:
-        if not folder.exists():
+        folder = Path(get_dataset_path(name))
+        if not folder.exists() and args.dataset:
+            print(f"there is no local dataset {name}: looking for it at Minari's remote", flush=True)
             minari.download_dataset(name)
+        elif not folder.exists():
+            print(f"there is no dataset {name} yet; it is made by offline/collect.py", flush=True)
+            if not scripts or subprocess.run([sys.executable, scripts[0], "--env-id", args.env_id]).returncode:
+                raise UserError(f"no dataset {name}; make it with offline/collect.py, or name one with --dataset")
         check_spec(json.loads((folder / "data/metadata.json").read_text()).get("env_spec"), name)
         source = minari.load_dataset(name)
         env, episodes = source.recover_environment(), list(source.iterate_episodes())
@@ -166,14 +169,18 @@ def load_data(args, device):
         last = np.concatenate([np.arange(len(e.rewards)) == len(e.rewards) - 1 for e in episodes])
         points = [source.storage.metadata.get(key) for key in ("ref_min_score", "ref_max_score")]
         low, high = (0.0, 100.0) if None in points else map(float, points)
+        boxed = (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
+        flat = boxed and rows.shape[1] == 2 * obs_dim + act_dim + 2 and np.isfinite(rows).all() and low < high
+        flat = flat and abs(rows[:, obs_dim:][:, :act_dim]).max() <= 1.001 and np.isin(rows[:, -1], (0, 1)).all()
+        if not flat:
+            raise UserError(f"{name} is not flat and finite, with actions in [-1, 1]; offline/convert.py makes it so")
+        if env.spec.max_episode_steps is None:
+            raise UserError(f"{name}: {env.spec.id} has no time limit, so an evaluation might never end")
     except UserError:
         raise
     except Exception as error:  # whatever the store, the network or the simulator raises
         reason = f"({' '.join(str(error).split()) or type(error).__name__})"
         raise UserError(f"cannot use the dataset {name} {reason}; `minari list local` shows what there is") from error
-    boxed = (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
-    if not (boxed and rows.shape[1] == 2 * obs_dim + act_dim + 2 and np.isfinite(rows).all() and low < high):
-        raise UserError(f"{name} is not flat, finite and with actions in [-1, 1]; offline/convert.py makes such data")
     data = Data(name, *(torch.from_numpy(x).to(device) for x in (rows, last)), obs_dim, act_dim, (low, high), source)
     score = f"score {data.score(np.mean([e.rewards.sum() for e in episodes])):.1f}"
     scale = "the return, for lack of references" if None in points else f"0 at a return of {low:.0f}, 100 at {high:.0f}"
@@ -214,11 +221,16 @@ def save_file(payload, path):
 
 
 def load_file(path):
-    """torch.load of tensors, numbers and strings, so no code. Raises UserError if the file is missing or broken."""
+    """torch.load of tensors, numbers and strings, so no code. Raises UserError if the file is missing or damaged."""
     try:
+        if not Path(path).is_file():
+            raise FileNotFoundError("there is no such file")
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():  # torch does not look at its own checksums
+                raise ValueError(f"the checksum of {damaged} is wrong")
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a damaged zip or pickle raises nearly anything
-        reason = type(error).__name__ if Path(path).exists() else "there is no such file"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()):.80}"
         raise UserError(f"{path} is missing, incomplete or no checkpoint of ours ({reason})") from error
 
 

@@ -13,12 +13,9 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
 
 
 @dataclass
@@ -79,7 +76,8 @@ def over_seeds(curves):
 
 def draw_panels(panels, args):
     """Writes args.output: a panel for each task, {task: {label: [(curve, offline score)]}}."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.8), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(5 * len(panels), 3.8), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (task, labels) in zip(axes[0], panels.items(), strict=True):
         for n, (label, runs) in enumerate(labels.items()):
             steps, mean, low, high = over_seeds([curve for curve, _ in runs])
@@ -94,7 +92,6 @@ def draw_panels(panels, args):
         figure.suptitle(args.title)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output, dpi=120)
-    plt.close(figure)
 
 
 def main(args: Args):
