@@ -14,6 +14,7 @@ damaged, is named at the end (exit code 1); the others go on. `python benchmark/
 import fcntl
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -262,7 +263,9 @@ def run_job(job, results):
         if started and settings.exists() and read_json(settings) is None:
             print(f"{job}: FAILED, {settings} is damaged; remove the folder to start this run anew", flush=True)
             return False
-        settings.write_text(json.dumps(job.settings(), indent=1))
+        temporary = settings.with_suffix(".tmp")
+        temporary.write_text(json.dumps(job.settings(), indent=1))
+        os.replace(temporary, settings)
         log, data = folder / "log.txt", get_dataset_path(f"o2o/{job.task}")
         if not any(word.split("=")[0] == "--dataset" for word in job.flags):
             with locked(data.parent / f".{job.task}.lock"):
@@ -359,6 +362,14 @@ def again(args, index=None):
 
 
 def main(args: Args):
+    try:
+        shlex.split(args.flags), shlex.split(args.offline_flags)
+    except ValueError as error:
+        raise UserError(f"--flags and --offline-flags have to be words as a shell reads them ({error})") from error
+    if args.workers < 1 or args.cpus < 1 or args.gpus < 0 or min((0, *args.seed)) < 0:
+        raise UserError("--workers and --cpus have to be 1 or more, --gpus and --seed 0 or more")
+    if wrong := [task for task in args.task if not re.fullmatch(r"[\w-]+", task)]:
+        raise UserError(f"'{wrong[0]}' is no name of a task")
     results = args.results.resolve()
     os.chdir(ROOT)  # where the commands are run; no path in what they write depends on where that is
     args.results = results.relative_to(ROOT) if results.is_relative_to(ROOT) else results

@@ -494,7 +494,8 @@ class Run:
         self.saved |= {"seconds": 0.0} | (load_file(self.dir / "resume.pt") if self.begun else {})
         self.progress, self.metrics = self.saved["progress"], self.saved["metrics"]
         try:
-            same = all(x is None or isinstance(self.progress[key], type(x)) for key, x in progress.items())
+            kinds = {key: float | None if x is None else type(x) for key, x in progress.items()}
+            same = all(isinstance(self.progress[key], kind) for key, kind in kinds.items())
             json.dumps([self.progress, list(map(json.loads, self.metrics))])
             self.started = time.monotonic() - float(self.saved["seconds"])
         except (KeyError, TypeError, ValueError) as error:
@@ -586,7 +587,7 @@ def draw_curve(run):
     stages, figure = list(dict.fromkeys(row["stage"] for row in rows)) or ["online"], Figure(layout="constrained")
     for axis, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
         points = [(row["step"], row[f"{stage}/score"]) for row in rows if row["stage"] == stage]
-        if stage == "online":
+        if stage == "online" and run.progress.get("start_score") is not None:
             points = [(0, run.progress["start_score"]), *points]
         axis.plot(*zip(*points, strict=True), ".-", label=run.args.exp_name)
         if run.progress.get("offline_score") is not None:

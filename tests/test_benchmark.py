@@ -288,3 +288,33 @@ def test_study_of_critics(checkpoint, tmp_path):
     actors = ("behaviour", "actor_fixed", "actor_iterated", "actor_aligned")
     assert not any(same(a, b) for a, b in itertools.combinations(actors, 2))
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "complete"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--workers", "0"), "--workers"),
+        (("--flags=--gamma '0.9",), "as a shell reads them"),
+        (("--task", "../../outside"), "no name of a task"),
+        (("--seed", "-1"), "--seed"),
+    ],
+)
+def test_what_a_user_mistypes_is_a_sentence(words, says, tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmark/benchmark.py", "--list", *words, "--results", tmp_path / "runs"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and says in done.stderr
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+def test_the_list_works_whatever_lies_in_the_folders(tmp_path):
+    for seed, content in enumerate(["", "{}", "[]", "null", '{"status": "compl'], start=1):
+        folder = tmp_path / "o2o_td3" / TASK / "full" / str(seed)
+        folder.mkdir(parents=True)
+        for name in ("summary.json", "command.json"):
+            (folder / name).write_text(content)
+    text = run("--list", "--script", "o2o_td3", "--task", TASK, "--variant", "full", "--results", tmp_path)
+    assert "5 commands, 0 of them complete" in text

@@ -160,7 +160,7 @@ def test_what_is_no_checkpoint_at_all(tmp_path, content):
 
 @pytest.mark.parametrize("script", [o2o_sac, o2o_td3, o2o_ppo], ids=lambda module: module.__name__)
 def test_mutated_run_folders(script, checkpoints, tmp_path, monkeypatch, capsys):
-    """Damage to args.json or resume.pt: refused, nothing of the run changed; or the run goes on to its end."""
+    """Damage to args.json or resume.pt: refused, and the run keeps its state; or it goes on to its end."""
     good, rng = tmp_path / "good", random.Random(2)
     script.main(tiny_args(script, checkpoints[script], good, online_steps=8))
     arguments = json.loads((good / "args.json").read_text())
@@ -187,7 +187,7 @@ def test_mutated_run_folders(script, checkpoints, tmp_path, monkeypatch, capsys)
             error = capsys.readouterr().err
             assert stop.code == 2 and "Traceback" not in error
             after = contents(folder)
-            for name in ["resume.pt", "metrics.jsonl"] if i % 3 == 2 else [path.name for path in before]:
+            for name in [path.name for path in before] if i % 3 == 1 else ["resume.pt", "metrics.jsonl"]:
                 assert after[folder / name] == before[folder / name]
             refused += 1
         shutil.rmtree(folder)
