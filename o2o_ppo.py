@@ -19,6 +19,7 @@ The method ends with `train`. What follows (networks, data, run folder) is the s
 """
 
 import fcntl
+import importlib
 import json
 import math
 import os
@@ -78,6 +79,8 @@ class Args:
     epochs: int = 10  # passes over them
     minibatch_size: int = 128  # transitions of one gradient step of stage 2
     batch_size: int = 512  # those of stage 1
+    reward_scale: float = 1.0  # rewards are multiplied by it in all updates; scores are of raw rewards
+    reward_bias: float = 0.0  # then this is added
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.95  # weight of longer returns in the advantage
     clip: float = 0.2  # largest change of an action's probability that is rewarded
@@ -102,6 +105,8 @@ def settings(args):
     """What the authors change with the task (appendix of the paper); the command line still wins."""
     expert = args.env_id.split("-v")[0].endswith("expert")  # expert and medium-expert data
     values = {"scale_rewards": args.env_id.startswith("halfcheetah")}
+    if args.env_id.startswith("antmaze"):
+        values |= {"reward_bias": -1.0, "eval_every": 10_000, "eval_every_updates": 25_000, "eval_episodes": 50}
     values |= {"alignment_steps": 500_000} if expert else {}
     return values | ({"epochs": 5, "max_std": 0.05} if expert and args.env_id.startswith("hopper") else {})
 
@@ -270,6 +275,7 @@ class Rollout:
                 if terminated or truncated:
                     self.obs[i] = self.reset(i, first + t * len(self.envs))
             reward, next_obs, terminated, done = (np.stack(column) for column in zip(*results, strict=True))
+            reward = self.args.reward_scale * reward + self.args.reward_bias
             if self.scaler is not None:
                 reward = self.scaler(reward, done)
             rows.append((obs, action, log_prob, *map(self.data.to_tensor, (reward, next_obs, terminated, done))))
@@ -395,7 +401,9 @@ def train(args, run, data, actor):
         return {"v_start": v.item(), "discounted_return": obtained}
 
     if progress["stage"] == "start":
-        _, discounted, _ = evaluate(mode_of(actor), envs, args.seed, device, args.gamma)
+        _, discounted, _ = evaluate(
+            mode_of(actor), envs, args.seed, device, args.gamma, 0.0, args.reward_scale, args.reward_bias
+        )
         progress["discounted_return"] = float(discounted.mean())
         progress["offline_score"], progress["offline_error"] = closing_score(args, actor, data, envs)
         progress["start_score"] = score(choose=args.align)["score"]
@@ -417,11 +425,12 @@ ALGORITHM, KIND, SOURCE = "o2o_ppo", "tanh_gaussian", "iql"  # this script, its 
 RESUMABLE = "reevaluation_steps alignment_steps online_steps compile num_threads track wandb_project_name wandb_entity"
 PRIVATE = "stage step episode_start reference_score discounted_return"  # of a run's progress, not in summary.json
 RANGES = {
+    (-(10**9), 10**9): "reward_bias",
     (0, 1): "gamma gae_lambda clip entropy_weight policy_lr critic_lr reevaluation_lr",
     (0, 10**9): "seed reevaluation_steps online_steps alpha",
     (1, 10**9): "eval_every eval_every_updates eval_episodes rollout epochs minibatch_size batch_size"
     " alignment_steps reference_every",
-    (1e-9, 10**9): "max_grad_norm max_std",
+    (1e-9, 10**9): "reward_scale max_grad_norm max_std",
     (1, 1024): "num_threads num_envs",
 }
 
@@ -545,7 +554,7 @@ class Data(NamedTuple):
 
     name: str
     rows: torch.Tensor  # (N, 2 O + A + 2) float32: observation, action, reward, next observation, terminated
-    last: torch.Tensor  # (N,) is this transition the last one of its episode?
+    last: torch.Tensor  # (N,) does an episode end here? An AntMaze recording goes on after its ends
     obs_dim: int
     act_dim: int
     references: tuple[float, float]  # returns that make 0 and 100 points
@@ -574,10 +583,12 @@ def check_spec(spec, name):
     harmless = "FilterObservation FlattenObservation RescaleAction RescaleObservation ClipAction TimeLimit".split()
     try:
         spec, places = json.loads(spec), {f"{getattr(gym.wrappers, w).__module__}:{w}" for w in harmless}
+        if spec["entry_point"].startswith("gymnasium_robotics."):  # AntMaze, Kitchen, Adroit: registered by the import
+            gym.register_envs(importlib.import_module("gymnasium_robotics"))
         good = {wrapper["entry_point"] for wrapper in spec["additional_wrappers"]} <= places
         good &= gym.registry[spec["id"]].entry_point == spec["entry_point"]
         good &= not any(isinstance(value, str) and "/" in value for value in spec["kwargs"].values())  # files
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         raise UserError(f"{name} names no environment that gymnasium knows ({error!r}); none was made") from error
     if not good:
         raise UserError(f"{name} names {spec['id']} with code or wrappers that are not gymnasium's; none was made")
@@ -603,7 +614,7 @@ def load_data(args, device):
         (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
         columns = [(e.observations[:-1], e.actions, e.rewards, e.observations[1:], e.terminations) for e in episodes]
         rows = np.concatenate([np.column_stack(episode) for episode in columns]).astype(np.float32)
-        last = np.concatenate([np.arange(len(e.rewards)) == len(e.rewards) - 1 for e in episodes])
+        last = np.concatenate([np.arange(len(e.rewards)) == len(e.rewards) - 1 for e in episodes]) | (rows[:, -1] == 1)
         points = [source.storage.metadata.get(key) for key in ("ref_min_score", "ref_max_score")]
         low, high = (0.0, 100.0) if None in points else map(float, points)
         boxed = (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
@@ -618,6 +629,8 @@ def load_data(args, device):
     except Exception as error:  # whatever the store, the network or the simulator raises
         reason = f"({' '.join(str(error).split()) or type(error).__name__})"
         raise UserError(f"cannot use the dataset {name} {reason}; `minari list local` shows what there is") from error
+    rewards = rows[:, obs_dim + act_dim]
+    rewards[:] = getattr(args, "reward_scale", 1.0) * rewards + getattr(args, "reward_bias", 0.0)
     data = Data(name, *(torch.from_numpy(x).to(device) for x in (rows, last)), obs_dim, act_dim, (low, high), source)
     score = f"score {data.score(np.mean([e.rewards.sum() for e in episodes])):.1f}"
     scale = "the return, for lack of references" if None in points else f"0 at a return of {low:.0f}, 100 at {high:.0f}"
@@ -626,10 +639,10 @@ def load_data(args, device):
 
 
 @torch.no_grad()
-def evaluate(policy, envs, seed, device, gamma=1.0, alpha=0.0):
+def evaluate(policy, envs, seed, device, gamma=1.0, alpha=0.0, scale=1.0, bias=0.0):
     """One episode in each of the n `envs`, all at once; `policy` maps obs (n, O) and noise (n, A) to actions (n, A) and
-    their log_prob (n,). Start states and noise come from `seed` alone: no random number of training is drawn.
-    -> returns (n,), sums of gamma^t (r - alpha log_prob) (n,), and the environment steps of all episodes together."""
+    their log_prob (n,). Start states and noise come from `seed` alone: no random number of training is drawn. -> raw
+    returns (n,), sums of gamma^t (scale r + bias - alpha log_prob) (n,), and the environment steps of all episodes."""
     generator, alive, steps, discount = torch.Generator().manual_seed(seed), np.arange(len(envs)), 0, 1.0
     obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
     returns, discounted = np.zeros(len(envs)), np.zeros(len(envs))
@@ -639,7 +652,7 @@ def evaluate(policy, envs, seed, device, gamma=1.0, alpha=0.0):
         actions, bonus, over = actions.cpu().numpy(), -alpha * log_prob.cpu().numpy(), []
         for i, action, extra in zip(alive, actions, bonus, strict=True):
             obs[i], reward, terminated, truncated, _ = envs[i].step(action)
-            returns[i], discounted[i] = returns[i] + reward, discounted[i] + discount * (reward + extra)
+            returns[i], discounted[i] = returns[i] + reward, discounted[i] + discount * (scale * reward + bias + extra)
             over += [i] if terminated or truncated else []
         steps, alive, discount = steps + len(alive), np.setdiff1d(alive, over), discount * gamma
     return returns, discounted, steps

@@ -14,6 +14,7 @@ The method ends with `train`. What follows (networks, data, run folder) is the s
 """
 
 import fcntl
+import importlib
 import json
 import math
 import os
@@ -400,7 +401,7 @@ class Data(NamedTuple):
 
     name: str
     rows: torch.Tensor  # (N, 2 O + A + 2) float32: observation, action, reward, next observation, terminated
-    last: torch.Tensor  # (N,) is this transition the last one of its episode?
+    last: torch.Tensor  # (N,) does an episode end here? An AntMaze recording goes on after its ends
     obs_dim: int
     act_dim: int
     references: tuple[float, float]  # returns that make 0 and 100 points
@@ -429,10 +430,12 @@ def check_spec(spec, name):
     harmless = "FilterObservation FlattenObservation RescaleAction RescaleObservation ClipAction TimeLimit".split()
     try:
         spec, places = json.loads(spec), {f"{getattr(gym.wrappers, w).__module__}:{w}" for w in harmless}
+        if spec["entry_point"].startswith("gymnasium_robotics."):  # AntMaze, Kitchen, Adroit: registered by the import
+            gym.register_envs(importlib.import_module("gymnasium_robotics"))
         good = {wrapper["entry_point"] for wrapper in spec["additional_wrappers"]} <= places
         good &= gym.registry[spec["id"]].entry_point == spec["entry_point"]
         good &= not any(isinstance(value, str) and "/" in value for value in spec["kwargs"].values())  # files
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         raise UserError(f"{name} names no environment that gymnasium knows ({error!r}); none was made") from error
     if not good:
         raise UserError(f"{name} names {spec['id']} with code or wrappers that are not gymnasium's; none was made")
@@ -458,7 +461,7 @@ def load_data(args, device):
         (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
         columns = [(e.observations[:-1], e.actions, e.rewards, e.observations[1:], e.terminations) for e in episodes]
         rows = np.concatenate([np.column_stack(episode) for episode in columns]).astype(np.float32)
-        last = np.concatenate([np.arange(len(e.rewards)) == len(e.rewards) - 1 for e in episodes])
+        last = np.concatenate([np.arange(len(e.rewards)) == len(e.rewards) - 1 for e in episodes]) | (rows[:, -1] == 1)
         points = [source.storage.metadata.get(key) for key in ("ref_min_score", "ref_max_score")]
         low, high = (0.0, 100.0) if None in points else map(float, points)
         boxed = (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
@@ -473,6 +476,8 @@ def load_data(args, device):
     except Exception as error:  # whatever the store, the network or the simulator raises
         reason = f"({' '.join(str(error).split()) or type(error).__name__})"
         raise UserError(f"cannot use the dataset {name} {reason}; `minari list local` shows what there is") from error
+    rewards = rows[:, obs_dim + act_dim]
+    rewards[:] = getattr(args, "reward_scale", 1.0) * rewards + getattr(args, "reward_bias", 0.0)
     data = Data(name, *(torch.from_numpy(x).to(device) for x in (rows, last)), obs_dim, act_dim, (low, high), source)
     score = f"score {data.score(np.mean([e.rewards.sum() for e in episodes])):.1f}"
     scale = "the return, for lack of references" if None in points else f"0 at a return of {low:.0f}, 100 at {high:.0f}"
@@ -487,10 +492,10 @@ def observation_stats(data):
 
 
 @torch.no_grad()
-def evaluate(policy, envs, seed, device, gamma=1.0, alpha=0.0):
+def evaluate(policy, envs, seed, device, gamma=1.0, alpha=0.0, scale=1.0, bias=0.0):
     """One episode in each of the n `envs`, all at once; `policy` maps obs (n, O) and noise (n, A) to actions (n, A) and
-    their log_prob (n,). Start states and noise come from `seed` alone: no random number of training is drawn.
-    -> returns (n,), sums of gamma^t (r - alpha log_prob) (n,), and the environment steps of all episodes together."""
+    their log_prob (n,). Start states and noise come from `seed` alone: no random number of training is drawn. -> raw
+    returns (n,), sums of gamma^t (scale r + bias - alpha log_prob) (n,), and the environment steps of all episodes."""
     generator, alive, steps, discount = torch.Generator().manual_seed(seed), np.arange(len(envs)), 0, 1.0
     obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
     returns, discounted = np.zeros(len(envs)), np.zeros(len(envs))
@@ -500,7 +505,7 @@ def evaluate(policy, envs, seed, device, gamma=1.0, alpha=0.0):
         actions, bonus, over = actions.cpu().numpy(), -alpha * log_prob.cpu().numpy(), []
         for i, action, extra in zip(alive, actions, bonus, strict=True):
             obs[i], reward, terminated, truncated, _ = envs[i].step(action)
-            returns[i], discounted[i] = returns[i] + reward, discounted[i] + discount * (reward + extra)
+            returns[i], discounted[i] = returns[i] + reward, discounted[i] + discount * (scale * reward + bias + extra)
             over += [i] if terminated or truncated else []
         steps, alive, discount = steps + len(alive), np.setdiff1d(alive, over), discount * gamma
     return returns, discounted, steps

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "hopper-medium-v2"  # a task of the environment: {hopper,walker2d,halfcheetah}-...-v2
+    env_id: str = "hopper-medium-v2"  # a task of the environment: {hopper,walker2d,halfcheetah,antmaze}-...-v2
     seed: int = 1  # the only seed: networks, batches, training and evaluation environments derive from it
     exp_name: str = "behaviour"  # part of the run folder's name
     cuda: bool = False  # train on a GPU
@@ -78,6 +78,9 @@ ENVS = {
     "halfcheetah": ("HalfCheetah-v5", -280.178953, 12135.0),
 }
 TASKS = [f"{env}-{q}-v2" for env in ENVS for q in ("random", "medium", "medium-replay", "medium-expert", "expert")]
+MAZES = "umaze umaze-diverse medium-play medium-diverse large-play large-diverse".split()
+TASKS += [f"antmaze-{maze}-v2" for maze in MAZES]
+ENVS["antmaze"] = ("Ant-v5", 0.0, 2000.0)  # the ant that walks through mazes; the points of its training are our own
 
 
 def parse_task(env_id):
@@ -93,6 +96,58 @@ def normalized_score(env_id, returns):
     """100 * (return - random) / (expert - random), D4RL's points; `returns` a number or an array."""
     _, low, high = ENVS[parse_task(env_id)[0]]
     return 100 * (returns - low) / (high - low)
+
+
+def heading(obs, direction):
+    """What the directional ant sees: gymnasium's 27 numbers and a unit vector in the plane, turned so that the ant
+    always looks along x. It then need not learn each direction by itself. (B, 27), (B, 2) -> (B, 29)."""
+    w, x, y, z = obs[:, 1:5].T
+    yaw = np.arctan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))
+    cos, sin, half_cos, half_sin = np.cos(yaw), np.sin(yaw), np.cos(yaw / 2), np.sin(yaw / 2)
+    parts = half_cos * w + half_sin * z, half_cos * x + half_sin * y, half_cos * y - half_sin * x
+    quaternion = np.stack([*parts, half_cos * z - half_sin * w], axis=1)
+    quaternion *= np.where(quaternion[:, :1] < 0, -1, 1)  # q and -q are the same rotation
+
+    def turned(v):
+        return np.stack([cos * v[:, 0] + sin * v[:, 1], cos * v[:, 1] - sin * v[:, 0]], axis=1)
+
+    parts = obs[:, :1], quaternion, obs[:, 5:13], turned(obs[:, 13:15]), obs[:, 15:27], turned(direction)
+    return np.concatenate(parts, axis=1)
+
+
+class Directional(gym.Wrapper):
+    """An ant that is to walk where a direction points, a new one every 100 steps. It sees heading(); the reward is its
+    speed along the direction, up to 2.5 m/s, plus gymnasium's own terms: 1 for being upright, less half the squared
+    action. Lying on its back ends the episode, as falling does, for it cannot get up."""
+
+    def __init__(self):
+        super().__init__(gym.make("Ant-v5", include_cfrc_ext_in_observation=False, max_episode_steps=500))
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (29,), np.float64)
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = self.env.reset(seed=seed)
+        self.steps, self.rng = 0, np.random.default_rng(seed)
+        self.draw()
+        return heading(obs[None], self.direction[None])[0], info
+
+    def draw(self):
+        angle = self.rng.uniform(0, 2 * np.pi)
+        self.direction = np.array([np.cos(angle), np.sin(angle)])
+
+    def step(self, action):
+        before = self.unwrapped.data.qpos[:2].copy()
+        obs, _, terminated, truncated, info = self.env.step(action)
+        speed = (self.unwrapped.data.qpos[:2] - before) @ self.direction / self.unwrapped.dt
+        upright = 1 - 2 * (obs[2] ** 2 + obs[3] ** 2) > 0  # the z component of the torso's own z axis
+        reward = min(speed, 2.5) + 1 - 0.5 * np.square(action).sum()
+        self.steps += 1
+        if self.steps % 100 == 0:
+            self.draw()
+        return heading(obs[None], self.direction[None])[0], reward, terminated or not upright, truncated, info
+
+
+def make_env(name):
+    return Directional() if name == "antmaze" else gym.make(ENVS[name][0])
 
 
 def td_target(reward, terminated, next_q, next_log_prob, alpha, gamma):
@@ -134,7 +189,7 @@ def train(args, run, device):
     args.output: the ladder up to medium (float16), the medium and the best snapshot (float32)."""
     (name, _), progress = parse_task(args.env_id), run.progress
     torch.manual_seed(args.seed)
-    env, envs = gym.make(ENVS[name][0]), [gym.make(ENVS[name][0]) for _ in range(10)]
+    env, envs = make_env(name), [make_env(name) for _ in range(10)]
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     stats, hidden = (torch.zeros(obs_dim), torch.ones(obs_dim)), (256, 256)
     critics = Critics(*stats, act_dim, hidden, bf16=args.bf16)
@@ -187,7 +242,13 @@ def train(args, run, device):
             snapshots["medium"] = snapshot if score >= args.medium_score else None
         if snapshots["expert"] is None or score > snapshots["expert"]["score"]:
             snapshots["expert"] = snapshot
-        origin = {"format": 1, "algorithm": "sac", "env": name, "hidden": list(hidden), "versions": versions()}
+        origin = {
+            "format": 1,
+            "algorithm": "sac",
+            "env": name.removesuffix("maze"),
+            "hidden": list(hidden),
+            "versions": versions(),
+        }
         flags = {key: value for key, value in asdict(args).items() if key not in ("output", "run_dir", "resume")}
         save_file({**origin, **snapshots, "args": flags}, Path(args.output))
         run.save(snapshots=snapshots, buffer=buffer[:step].cpu().clone())
@@ -353,10 +414,10 @@ class UserError(Exception):
 
 
 @torch.no_grad()
-def evaluate(policy, envs, seed, device, gamma=1.0, alpha=0.0):
+def evaluate(policy, envs, seed, device, gamma=1.0, alpha=0.0, scale=1.0, bias=0.0):
     """One episode in each of the n `envs`, all at once; `policy` maps obs (n, O) and noise (n, A) to actions (n, A) and
-    their log_prob (n,). Start states and noise come from `seed` alone: no random number of training is drawn.
-    -> returns (n,), sums of gamma^t (r - alpha log_prob) (n,), and the environment steps of all episodes together."""
+    their log_prob (n,). Start states and noise come from `seed` alone: no random number of training is drawn. -> raw
+    returns (n,), sums of gamma^t (scale r + bias - alpha log_prob) (n,), and the environment steps of all episodes."""
     generator, alive, steps, discount = torch.Generator().manual_seed(seed), np.arange(len(envs)), 0, 1.0
     obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
     returns, discounted = np.zeros(len(envs)), np.zeros(len(envs))
@@ -366,7 +427,7 @@ def evaluate(policy, envs, seed, device, gamma=1.0, alpha=0.0):
         actions, bonus, over = actions.cpu().numpy(), -alpha * log_prob.cpu().numpy(), []
         for i, action, extra in zip(alive, actions, bonus, strict=True):
             obs[i], reward, terminated, truncated, _ = envs[i].step(action)
-            returns[i], discounted[i] = returns[i] + reward, discounted[i] + discount * (reward + extra)
+            returns[i], discounted[i] = returns[i] + reward, discounted[i] + discount * (scale * reward + bias + extra)
             over += [i] if terminated or truncated else []
         steps, alive, discount = steps + len(alive), np.setdiff1d(alive, over), discount * gamma
     return returns, discounted, steps
@@ -579,7 +640,7 @@ def main(args: Args):
         raise UserError("--cuda was asked for but torch sees no CUDA device; leave it out to run on the CPU")
     name, _ = parse_task(args.env_id)
     if args.output is None:
-        args.output = str(Path(__file__).resolve().parent / "checkpoints/behaviour" / f"{name}.pt")
+        args.output = str(Path(__file__).resolve().parent / "checkpoints/behaviour" / f"{name.removesuffix('maze')}.pt")
     if Path(args.output).exists() and not (args.overwrite or args.resume):
         raise UserError(f"{args.output} exists; pass --overwrite to train these policies again")
     run, status = Run(args, {"stage": "sac", "step": 0, "episode_start": 0}), "failed"

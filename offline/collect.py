@@ -2,6 +2,7 @@
 
     python offline/collect.py --env-id hopper-medium-v2  # makes `o2o/hopper-medium-v2` in the local Minari store
     python offline/collect.py --env-id hopper-medium-v2 --train  # trains the behaviour policies, by behaviour.py
+    python offline/collect.py --env-id antmaze-umaze-v2  # AntMaze, by its sibling collect_antmaze.py
 
 D4RL's protocol (Fu et al. 2020, arXiv 2004.07219) on gymnasium's v5 environments:
   random          uniform actions
@@ -49,7 +50,9 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "hopper-medium-v2"  # {hopper,walker2d,halfcheetah}-{random,medium{,-replay,-expert},expert}-v2
+    env_id: str = (
+        "hopper-medium-v2"  # {hopper,walker2d,halfcheetah}-{random,medium{,-replay,-expert},expert}-v2, antmaze
+    )
     seed: int = 1  # the only seed: start states and action noise derive from it
     num_steps: int | None = None  # transitions; None: 1,000,000, for medium-replay as many as SAC took to medium
     num_envs: int = 64  # episodes rolled out at once, with one policy call for all
@@ -65,6 +68,8 @@ ENVS = {
     "halfcheetah": ("HalfCheetah-v5", -280.178953, 12135.0),
 }
 TASKS = [f"{env}-{q}-v2" for env in ENVS for q in ("random", "medium", "medium-replay", "medium-expert", "expert")]
+MAZES = "umaze umaze-diverse medium-play medium-diverse large-play large-diverse".split()
+TASKS += [f"antmaze-{maze}-v2" for maze in MAZES]
 
 
 def parse_task(env_id):
@@ -312,12 +317,16 @@ def main(args: Args):
         raise UserError("--seed has to be 0 or more, --num-envs and --num-steps 1 or more")
     name, _ = parse_task(args.env_id)
     here = Path(__file__).resolve().parent
-    path = Path(args.behaviour or here / "checkpoints/behaviour" / f"{name}.pt")
+    path = Path(args.behaviour or here / "checkpoints/behaviour" / f"{name.removesuffix('maze')}.pt")
+    common = ["--env-id", args.env_id, "--seed", str(args.seed), *(["--overwrite"] if args.overwrite else [])]
     if args.train:
-        command = [sys.executable, here / "behaviour.py", "--env-id", args.env_id, "--output", path]
-        command += ["--seed", str(args.seed), *(["--overwrite"] if args.overwrite else [])]
-        if subprocess.run(command).returncode:
+        if subprocess.run([sys.executable, here / "behaviour.py", *common, "--output", path]).returncode:
             raise UserError(f"{here / 'behaviour.py'} ended without policies, for the reason above")
+        return
+    if name == "antmaze":
+        common += ["--behaviour", path, *(["--num-steps", str(args.num_steps)] if args.num_steps else [])]
+        if subprocess.run([sys.executable, here / "collect_antmaze.py", *common]).returncode:
+            raise UserError(f"{here / 'collect_antmaze.py'} ended without a dataset, for the reason above")
         return
     torch.set_num_threads(1)
     collect(args, path)

@@ -17,6 +17,7 @@ The method ends with `train`. What follows (networks, data, run folder) is the s
 """
 
 import fcntl
+import importlib
 import json
 import math
 import os
@@ -66,11 +67,14 @@ class Args:
     eval_every_updates: int = 5_000  # updates between evaluations, which are also the points to resume from
     eval_episodes: int = 10  # episodes of one evaluation, all at once
     batch_size: int = 256  # transitions of one gradient step
+    reward_scale: float = 1.0  # rewards are multiplied by it in all updates; scores are of raw rewards
+    reward_bias: float = 0.0  # then this is added
     gamma: float = 0.99  # discount
     tau: float = 0.005  # Polyak rate of the target critics
     policy_lr: float = 3e-5  # actor and temperature
     critic_lr: float = 3e-4  # critics, and the multiplier of --lagrange
     critic_layers: int = 3  # hidden layers of the critics, of width 256; the actor has three
+    normalize: bool = True  # standardise observations by the data's mean and std
     cql_alpha: float = 10.0  # weight of the conservative term
     cql_temperature: float = 1.0  # T of its logsumexp, in units of Q
     cql_actions: int = 10  # actions drawn from each of uniform, pi(.|s), pi(.|s')
@@ -85,8 +89,12 @@ class Args:
 
 
 def settings(args):
-    """Nothing that the command line does not say depends on the task."""
-    return {}
+    """What the authors change with the task; the command line still wins."""
+    if not args.env_id.startswith("antmaze"):
+        return {}
+    values = {"reward_scale": 10.0, "reward_bias": -5.0, "normalize": False, "lagrange": True, "cql_alpha": 5.0}
+    values |= {"critic_layers": 5, "max_backup": True, "policy_lr": 1e-4, "clip_gap": -200.0}
+    return values | {"eval_every_updates": 25_000, "eval_episodes": 50}
 
 
 def conservative_gap(q_candidates, log_density, q_data, temperature, clip=None):
@@ -178,6 +186,8 @@ def train_offline(args, run, stage, steps, update, rows, shape, check, extra=lam
 def train(args, run, data):
     """Updates of all networks, from scratch."""
     device, stats, hidden = data.rows.device, observation_stats(data), [256, 256, 256]
+    if not args.normalize:
+        stats = torch.zeros(data.obs_dim), torch.ones(data.obs_dim)
     torch.manual_seed(args.seed)
     critics = CqlCritics(*stats, data.act_dim, [256] * args.critic_layers, bf16=args.bf16)
     nets = {"actor": SquashedGaussianActor(*stats, data.act_dim, hidden, args.bf16), "critics": critics}
@@ -201,8 +211,8 @@ RANGES = {
     (0, 10**9): "seed updates cql_alpha target_gap",
     (1, 10**9): "eval_every_updates eval_episodes batch_size cql_actions",
     (1, 1024): "num_threads critic_layers",
-    (1e-9, 10**9): "cql_temperature",
-    (-(10**9), 10**9): "clip_gap",
+    (1e-9, 10**9): "reward_scale cql_temperature",
+    (-(10**9), 10**9): "clip_gap reward_bias",
 }
 RESUMABLE = "updates compile num_threads track wandb_project_name wandb_entity"
 PRIVATE = "stage step"  # of a run's progress, not in summary.json
@@ -372,7 +382,7 @@ class Data(NamedTuple):
 
     name: str
     rows: torch.Tensor  # (N, 2 O + A + 2) float32: observation, action, reward, next observation, terminated
-    last: torch.Tensor  # (N,) is this transition the last one of its episode?
+    last: torch.Tensor  # (N,) does an episode end here? An AntMaze recording goes on after its ends
     obs_dim: int
     act_dim: int
     references: tuple[float, float]  # returns that make 0 and 100 points
@@ -401,10 +411,12 @@ def check_spec(spec, name):
     harmless = "FilterObservation FlattenObservation RescaleAction RescaleObservation ClipAction TimeLimit".split()
     try:
         spec, places = json.loads(spec), {f"{getattr(gym.wrappers, w).__module__}:{w}" for w in harmless}
+        if spec["entry_point"].startswith("gymnasium_robotics."):  # AntMaze, Kitchen, Adroit: registered by the import
+            gym.register_envs(importlib.import_module("gymnasium_robotics"))
         good = {wrapper["entry_point"] for wrapper in spec["additional_wrappers"]} <= places
         good &= gym.registry[spec["id"]].entry_point == spec["entry_point"]
         good &= not any(isinstance(value, str) and "/" in value for value in spec["kwargs"].values())  # files
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         raise UserError(f"{name} names no environment that gymnasium knows ({error!r}); none was made") from error
     if not good:
         raise UserError(f"{name} names {spec['id']} with code or wrappers that are not gymnasium's; none was made")
@@ -430,7 +442,7 @@ def load_data(args, device):
         (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
         columns = [(e.observations[:-1], e.actions, e.rewards, e.observations[1:], e.terminations) for e in episodes]
         rows = np.concatenate([np.column_stack(episode) for episode in columns]).astype(np.float32)
-        last = np.concatenate([np.arange(len(e.rewards)) == len(e.rewards) - 1 for e in episodes])
+        last = np.concatenate([np.arange(len(e.rewards)) == len(e.rewards) - 1 for e in episodes]) | (rows[:, -1] == 1)
         points = [source.storage.metadata.get(key) for key in ("ref_min_score", "ref_max_score")]
         low, high = (0.0, 100.0) if None in points else map(float, points)
         boxed = (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
@@ -445,6 +457,8 @@ def load_data(args, device):
     except Exception as error:  # whatever the store, the network or the simulator raises
         reason = f"({' '.join(str(error).split()) or type(error).__name__})"
         raise UserError(f"cannot use the dataset {name} {reason}; `minari list local` shows what there is") from error
+    rewards = rows[:, obs_dim + act_dim]
+    rewards[:] = getattr(args, "reward_scale", 1.0) * rewards + getattr(args, "reward_bias", 0.0)
     data = Data(name, *(torch.from_numpy(x).to(device) for x in (rows, last)), obs_dim, act_dim, (low, high), source)
     score = f"score {data.score(np.mean([e.rewards.sum() for e in episodes])):.1f}"
     scale = "the return, for lack of references" if None in points else f"0 at a return of {low:.0f}, 100 at {high:.0f}"
@@ -459,10 +473,10 @@ def observation_stats(data):
 
 
 @torch.no_grad()
-def evaluate(policy, envs, seed, device, gamma=1.0, alpha=0.0):
+def evaluate(policy, envs, seed, device, gamma=1.0, alpha=0.0, scale=1.0, bias=0.0):
     """One episode in each of the n `envs`, all at once; `policy` maps obs (n, O) and noise (n, A) to actions (n, A) and
-    their log_prob (n,). Start states and noise come from `seed` alone: no random number of training is drawn.
-    -> returns (n,), sums of gamma^t (r - alpha log_prob) (n,), and the environment steps of all episodes together."""
+    their log_prob (n,). Start states and noise come from `seed` alone: no random number of training is drawn. -> raw
+    returns (n,), sums of gamma^t (scale r + bias - alpha log_prob) (n,), and the environment steps of all episodes."""
     generator, alive, steps, discount = torch.Generator().manual_seed(seed), np.arange(len(envs)), 0, 1.0
     obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
     returns, discounted = np.zeros(len(envs)), np.zeros(len(envs))
@@ -472,7 +486,7 @@ def evaluate(policy, envs, seed, device, gamma=1.0, alpha=0.0):
         actions, bonus, over = actions.cpu().numpy(), -alpha * log_prob.cpu().numpy(), []
         for i, action, extra in zip(alive, actions, bonus, strict=True):
             obs[i], reward, terminated, truncated, _ = envs[i].step(action)
-            returns[i], discounted[i] = returns[i] + reward, discounted[i] + discount * (reward + extra)
+            returns[i], discounted[i] = returns[i] + reward, discounted[i] + discount * (scale * reward + bias + extra)
             over += [i] if terminated or truncated else []
         steps, alive, discount = steps + len(alive), np.setdiff1d(alive, over), discount * gamma
     return returns, discounted, steps
