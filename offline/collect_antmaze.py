@@ -10,8 +10,8 @@ D4RL's protocol (Fu et al. 2020, arXiv 2004.07219) on Gymnasium-Robotics' AntMaz
   *-play                         from any free cell to one of a few hand-picked cells
 
 The ant walks in a straight line to a jittered point of the next cell on the shortest way, with noise of 0.2 on its
-actions. When it has reached its goal it roams in that cell for a second, then a new trajectory begins. Afterwards
-rewards and ends are relabelled for the goal of the evaluation, which, as there, lies anywhere in the middle of the goal
+actions. When it has reached its goal it roams in that cell for a second, then a new trajectory begins; so does one a
+second after it has fallen on its back, for it cannot get up (D4RL goes on to the time limit). Afterwards rewards and ends are relabelled for the goal of the evaluation, which, as there, lies anywhere in the middle of the goal
 cell: reward 1 and the end of the episode where the ant is within 0.45 m of it. So a score is the share of successes, in
 per cent. The names are D4RL's, the files are not: scores on these data are not comparable with D4RL's tables.
 
@@ -151,7 +151,7 @@ class Walk:
             goal = self.goals[self.rng.integers(len(self.goals))]
         options = {"reset_cell": np.array(start), "goal_cell": np.array(goal)}
         obs, _ = self.env.reset(seed=int(self.rng.integers(2**31)), options=options)
-        self.goal, self.target, self.left = goal, self.draw_goal(goal), None
+        self.goal, self.target, self.left, self.reached = goal, self.draw_goal(goal), None, False
         self.observations, self.steps = [obs.copy()], []
 
     def draw_goal(self, cell):
@@ -172,8 +172,11 @@ class Walk:
         obs, _, _, truncated, _ = self.env.step(action)
         self.observations.append(obs.copy())
         self.steps.append(action)
-        if np.linalg.norm(obs[:2] - self.target) <= RADIUS:
-            self.left, self.target = ROAM if self.left is None else self.left, self.draw_goal(self.goal)
+        there, on_its_back = np.linalg.norm(obs[:2] - self.target) <= RADIUS, obs[4] ** 2 + obs[5] ** 2 > 0.5
+        if there:
+            self.reached, self.target = True, self.draw_goal(self.goal)
+        if there or on_its_back:  # it cannot get up again
+            self.left = ROAM if self.left is None else self.left
         self.left = None if self.left is None else self.left - 1
         return truncated or self.left == 0
 
@@ -201,7 +204,7 @@ def walk(actor, walks, num_steps, seed, bar):
         for i, action in zip(list(alive), actions, strict=True):
             if walks[i].step(action):
                 one = walks[i]
-                done.append((np.stack(one.observations).astype(np.float32), np.stack(one.steps), one.left == 0))
+                done.append((np.stack(one.observations).astype(np.float32), np.stack(one.steps), one.reached))
                 counts[i] += len(one.steps)
                 bar.update(len(one.steps))
                 if counts[i] >= share:

@@ -371,3 +371,52 @@ def test_tracking_goes_on_in_the_same_run_and_a_missing_login_is_a_sentence(chec
     with pytest.raises(o2o_sac.UserError, match="wandb login"):
         o2o_sac.main(tiny_args(o2o_sac, checkpoints[o2o_sac], tmp_path / "other", track=True))
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("wrapper", ["NormalizeReward", "NormalizeObservation", "TransformReward", "RecordVideo"])
+def test_wrappers_that_learn_rescale_rewards_or_write_files_are_refused(wrapper):
+    import gymnasium as gym
+
+    place = getattr(gym.wrappers, wrapper)
+    extra = {"name": wrapper, "entry_point": f"{place.__module__}:{wrapper}", "kwargs": {}}
+    spec = {"id": "Hopper-v5", "entry_point": gym.registry["Hopper-v5"].entry_point, "kwargs": {}}
+    with pytest.raises(o2o_sac.UserError, match="none was made"):
+        o2o_sac.check_spec(json.dumps(spec | {"additional_wrappers": [extra]}), "mine/x-v0")
+    o2o_sac.check_spec(json.dumps(spec | {"additional_wrappers": []}), "mine/x-v0")
+
+
+def test_returns_that_do_not_vary_stop_no_run(checkpoints, tmp_path, monkeypatch):
+    real = o2o_ppo.Rollout.collect
+
+    def constant(rollout, *rest):
+        obs, action, log_prob, reward, next_obs, terminated, done = real(rollout, *rest)
+        return obs, action, log_prob, 0 * reward, next_obs, torch.ones_like(terminated), torch.ones_like(done)
+
+    monkeypatch.setattr(o2o_ppo.Rollout, "collect", constant)
+    args = tiny_args(o2o_ppo, checkpoints[o2o_ppo], tmp_path, reevaluate=False)
+    assert o2o_ppo.main(args)["status"] == "complete"
+
+
+def test_a_relative_store_works_from_where_it_was_named(tmp_path, monkeypatch):
+    import collect
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", "store")
+    collect.main(collect.Args(env_id="hopper-random-v2", num_steps=50, num_envs=1))
+    assert len(o2o_sac.load_data(o2o_sac.Args(env_id="hopper-random-v2"), torch.device("cpu")).rows) >= 50
+    assert [path.name for path in (tmp_path / "store").iterdir()] == ["o2o"]
+
+
+def test_what_is_kept_is_said_only_where_something_is(tmp_path):
+    run = o2o_sac.Run(o2o_sac.Args(run_dir=str(tmp_path)), {})
+    for kept in (False, True):
+        with pytest.raises(o2o_sac.UserError) as error:
+            run.log("online", 1, {"loss": float("nan")})
+        assert ("keeps the last good state" in str(error.value)) == kept
+        (tmp_path / "resume.pt").touch()
+
+
+def test_a_resumed_run_stays_in_its_folder(checkpoints, tmp_path):
+    o2o_sac.main(tiny_args(o2o_sac, checkpoints[o2o_sac], tmp_path / "a", online_steps=8))
+    with pytest.raises(o2o_sac.UserError, match="only these may change"):
+        o2o_sac.parse_args(["--resume", str(tmp_path / "a"), "--run-dir", str(tmp_path / "b")])

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from minari.storage.datasets_root_dir import get_dataset_path
+from tqdm import tqdm
 
 
 @dataclass
@@ -87,7 +88,9 @@ def film(mode, data, path, seed):
     try:
         env = data.source.recover_environment(render_mode="rgb_array")
         obs, done = env.reset(seed=seed)[0], False
+        bar = tqdm(desc="film", unit="frame", disable=None)  # without a GPU a frame takes a fifth of a second
         while not done:
+            bar.update()
             frames.append(env.render())
             obs, _, terminated, truncated, _ = env.step(mode(data.to_tensor(obs[None]))[0].cpu().numpy())
             done = terminated or truncated
