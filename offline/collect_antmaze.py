@@ -11,9 +11,10 @@ D4RL's protocol (Fu et al. 2020, arXiv 2004.07219) on Gymnasium-Robotics' AntMaz
 
 The ant walks in a straight line to a jittered point of the next cell on the shortest way, with noise of 0.2 on its
 actions. When it has reached its goal it roams in that cell for a second, then a new trajectory begins; so does one a
-second after it has fallen on its back, for it cannot get up (D4RL goes on to the time limit). Afterwards rewards and ends are relabelled for the goal of the evaluation, which, as there, lies anywhere in the middle of the goal
-cell: reward 1 and the end of the episode where the ant is within 0.45 m of it. So a score is the share of successes, in
-per cent. The names are D4RL's, the files are not: scores on these data are not comparable with D4RL's tables.
+second after it has fallen on its back, for it cannot get up (D4RL goes on to the time limit). Afterwards rewards and
+ends are relabelled for the goal of the evaluation, which, as there, lies anywhere in the middle of the goal cell:
+reward 1 and the end of the episode where the ant is within 0.45 m of it. So a score is the share of successes, in per
+cent. The names are D4RL's, the files are not: scores on these data are not comparable with D4RL's tables.
 
 The policy's observation is flat: position in the maze (2), then the ant's 27 numbers; it does not contain the goal.
 """
@@ -126,7 +127,7 @@ def heading(obs, direction):
     return np.concatenate(parts, axis=1)
 
 
-def make_env(maze, evaluation):
+def maze_env(maze, evaluation):
     """-> the maze with flat observations (29,): position, then the ant's 27 numbers. As an evaluation it ends at the
     goal, which is g; for collecting it never ends. All that makes it is plain data."""
     name, rows = MAZES[maze]
@@ -140,7 +141,7 @@ class Walk:
     """One maze with an ant in it, which walks from a start to a goal of the task's kinds, again and again."""
 
     def __init__(self, maze, quality, seed):
-        self.maze, self.env, self.rng = maze, make_env(maze, evaluation=False), np.random.default_rng(seed)
+        self.maze, self.env, self.rng = maze, maze_env(maze, evaluation=False), np.random.default_rng(seed)
         self.starts = free_cells(maze, "r" if maze == "umaze" and not quality else "0rgp")
         self.goals = free_cells(maze, {"": "g", "-play": "pg", "-diverse": "0rgp"}[quality])
         self.ways = {goal: next_cells(maze, goal) for goal in self.goals}
@@ -214,7 +215,7 @@ def walk(actor, walks, num_steps, seed, bar):
     return done
 
 
-def parse_task(env_id):
+def parse_maze(env_id):
     """`antmaze-large-play-v2` -> (`large`, `-play`). Raises UserError for a name that is not in TASKS."""
     if env_id not in TASKS:
         raise UserError(f"unknown task '{env_id}'; known tasks: {', '.join(TASKS)}")
@@ -245,9 +246,9 @@ def evaluate_ant(actor, maze, seed, episodes=50):
     return float(np.mean(reached))
 
 
-def collect(args, path):
+def collect_maze(args, path):
     """Walks, relabels, and writes `o2o/<env_id>` into the local Minari store, all of it or nothing."""
-    maze, quality = parse_task(args.env_id)
+    maze, quality = parse_maze(args.env_id)
     dataset_id, root = f"o2o/{args.env_id}", Path(get_dataset_path()).resolve()
     target = root / dataset_id
     if target.exists() and not args.overwrite:
@@ -264,7 +265,7 @@ def collect(args, path):
         truncated = np.zeros(len(ends), bool)
         truncated[-1] = not ends[-1]
         episodes.append(EpisodeBuffer(None, None, None, observations, actions, rewards, ends, truncated))
-    total, env = sum(len(episode.rewards) for episode in episodes), make_env(maze, evaluation=True)
+    total, env = sum(len(episode.rewards) for episode in episodes), maze_env(maze, evaluation=True)
     with own_store(root) as store, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # Minari would like an author's e-mail address
         os.environ["MINARI_DATASETS_PATH"] = store
@@ -407,7 +408,7 @@ def run_cli(main):
 
 
 def main(args: Args):
-    maze, _ = parse_task(args.env_id)
+    maze, _ = parse_maze(args.env_id)
     if args.seed < 0 or args.num_envs < 1 or args.num_steps < 1:
         raise UserError("--seed has to be 0 or more, --num-envs and --num-steps 1 or more")
     torch.set_num_threads(1)
@@ -417,7 +418,7 @@ def main(args: Args):
         share = evaluate_ant(actor, maze, args.seed)
         print(f"{path}, {step} steps of training: reaches the goal of {maze} in {100 * share:.0f} % of 50 episodes")
         return
-    collect(args, path)
+    collect_maze(args, path)
 
 
 if __name__ == "__main__":

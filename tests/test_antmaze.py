@@ -32,7 +32,7 @@ def test_the_mazes_are_the_environments_and_cells_lie_where_it_has_them(maze):
     walls = {"umaze": maps.U_MAZE, "medium": maps.MEDIUM_MAZE, "large": maps.LARGE_MAZE}[maze]
     rows = antmaze.MAZES[maze][1].split()
     assert [[kind == "1" for kind in row] for row in rows] == [[cell == 1 for cell in row] for row in walls]
-    env = antmaze.make_env(maze, evaluation=True)
+    env = antmaze.maze_env(maze, evaluation=True)
     for cell in antmaze.free_cells(maze):
         middle = antmaze.middle(maze, cell)
         np.testing.assert_allclose(middle, env.unwrapped.maze.cell_rowcol_to_xy(np.array(cell)))
@@ -131,7 +131,7 @@ def test_the_dataset_carries_its_maze_and_an_episode_ends_at_the_goal(data):
      ("large-play", 46, 7), ("large-diverse", 46, 46)],
 )  # fmt: skip
 def test_starts_and_goals_of_every_name(task, starts, goals):
-    walk = antmaze.Walk(*antmaze.parse_task(f"antmaze-{task}-v2"), 0)
+    walk = antmaze.Walk(*antmaze.parse_maze(f"antmaze-{task}-v2"), 0)
     assert (len(walk.starts), len(walk.goals)) == (starts, goals)
     for _ in range(3):
         walk.begin()

@@ -14,16 +14,23 @@ import tyro
 from conftest import ROOT
 from torch import nn
 
+NO_TRAINING = ("collect", "collect_antmaze", "convert")
 ONLINE = sorted(ROOT.glob("*.py"))
 OFFLINE = sorted(ROOT.glob("offline/*.py"))
+BASELINES = sorted(ROOT.glob("baselines/*.py"))
 TOOLS = sorted(ROOT.glob("tools/*.py"))
-SCRIPTS = [*ONLINE, *OFFLINE, *TOOLS]
-TRAINING = [path for path in [*ONLINE, *OFFLINE] if path.stem not in ("collect", "convert")]
+SCRIPTS = [*ONLINE, *OFFLINE, *BASELINES, *TOOLS]
+TRAINING = [path for path in [*ONLINE, *OFFLINE, *BASELINES] if path.stem not in NO_TRAINING]
 
 # what a method defines for itself under a name that others use too
 OWN = {"Args", "settings", "main", "train", "train_online", "make_update", "make_updates", "make_actor", "checkpoint"}
 OWN |= {"td_target", "alignment_target", "divergence", "actor_loss", "reward_scale"}
 OWN |= {"parse_args"}  # what makes data has no runs to resume
+
+
+def module_of(path):
+    """The script as a module; offline/iql.py and baselines/iql.py are two."""
+    return importlib.import_module(f"baselines.{path.stem}" if path.parent.name == "baselines" else path.stem)
 
 
 def definitions(path):
@@ -52,7 +59,7 @@ def test_nothing_is_defined_that_nothing_uses(path):
         assert len(re.findall(rf"\b{name}\b", text)) > 1 or name in ("main", "Args"), f"{path.name}: {name} is unused"
 
 
-@pytest.mark.parametrize("path", ONLINE, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*ONLINE, *BASELINES], ids=lambda path: path.name)
 def test_the_method_comes_first(path):
     """The first equation stands before line 140, and the plumbing after `train`."""
     tree = ast.parse(path.read_text()).body
@@ -76,6 +83,7 @@ def test_every_flag_is_read_and_no_script_imports_another(path):
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self.args"
     }
+    read |= set(re.findall(r'getattr\(args, "(\w+)"', path.read_text()))
     assert names == names & read, f"never read: {names - read}"
     ours = {script.stem for script in SCRIPTS}
     for node in ast.walk(tree):
@@ -86,7 +94,7 @@ def test_every_flag_is_read_and_no_script_imports_another(path):
 
 @pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.name)
 def test_every_number_has_a_range_and_its_default_lies_in_it(path):
-    module = importlib.import_module(path.stem)
+    module = module_of(path)
     ranged = [flag for flags in module.RANGES.values() for flag in flags.split()]
     numeric = {field.name for field in fields(module.Args) if str(field.type).split(" |")[0] in ("int", "float")
                or field.type in (int, float)}  # fmt: skip
@@ -104,14 +112,14 @@ def test_every_number_has_a_range_and_its_default_lies_in_it(path):
 
 @pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.name)
 def test_what_may_change_on_resume_are_flags(path):
-    module = importlib.import_module(path.stem)
+    module = module_of(path)
     assert set(module.RESUMABLE.split()) <= {field.name for field in fields(module.Args)}
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_help_explains_every_flag(path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
-    module = importlib.import_module(path.stem)
+    module = module_of(path)
     with pytest.raises(SystemExit):
         tyro.cli(module.Args, args=["--help"])
     text = capsys.readouterr().out
@@ -159,7 +167,7 @@ def test_documented_commands_parse():
         if script.startswith("benchmark/") and script != "benchmark/benchmark.py":
             continue
         try:
-            tyro.cli(importlib.import_module(Path(script).stem).Args, args=argv)
+            tyro.cli(module_of(Path(script)).Args, args=argv)
         except SystemExit as stop:
             if stop.code:  # --help ends with 0
                 pytest.fail(f"{where}: python {script} {shlex.join(argv)}")
