@@ -611,7 +611,8 @@ def load_data(args, device):
     """args.dataset, or the local o2o/<env_id>, which offline/collect.py makes if it is missing. Raises UserError if
     there is no such dataset, or if it is not flat, not finite, or of no environment here."""
     name, here = args.dataset or f"o2o/{args.env_id}", Path(__file__).resolve().parent
-    scripts = [path for path in (here / "offline/collect.py", here / "collect.py") if path.exists()]
+    scripts = [path / "collect.py" for path in (here / "offline", here, here.parent / "offline")]
+    scripts = [path for path in scripts if path.exists()]
     try:
         folder = Path(get_dataset_path(name))
         if not folder.exists() and args.dataset:

@@ -45,6 +45,8 @@ PAPER = {  # by script, by variant, by the offline algorithm
     "o2o_ppo": "--reevaluation-steps 1000000 --online-steps 250000",
     "o3f": "--online-steps 100000 --eval-every 1000",
     "critics": "--reevaluation-steps 500000 --alignment-steps 500000",
+    "baselines/rlpd": "--online-steps 250000 --updates-per-step 20",
+    "baselines/iql": "--online-steps 1000000",
     "interval": "--reference-every 10000",
     "lapo": "--updates-per-step 20",
 }
@@ -72,6 +74,10 @@ EXPERIMENTS = {  # script: {variant: flags}
         **{f"iql{name}": f"--base iql {IQL} {FAST} {flag}" for name, flag in OPTIMISM.items()},
     },
 }
+EXPERIMENTS |= {  # baselines/
+    "rlpd": {"full": f"--online-steps 50000 --eval-every 1000 {FAST}"},
+    "iql": {"full": f"--online-steps 50000 --eval-every 1000 {FAST}"},
+}
 EXPERIMENTS["critics"] = {"study": f"{SAC} --eval-every-updates 1000 {FAST}"}  # benchmark/critics.py
 # One seed each, on hopper-medium-v2: the default commands as they stand, and how budget and alpha change alignment
 DEFAULTS = {
@@ -97,7 +103,8 @@ PRETRAINING = {  # the offline algorithm that a fine-tuning run starts from: scr
 @dataclass
 class Args:
     list: bool = False  # print the commands and their number, run nothing
-    script: tuple[Literal["o2o_sac", "o2o_td3", "o2o_ppo", "o3f", "critics"], ...] = ()  # only these; none named: all
+    # only these; none named: all
+    script: tuple[Literal["o2o_sac", "o2o_td3", "o2o_ppo", "o3f", "rlpd", "iql", "critics"], ...] = ()
     task: tuple[str, ...] = ()  # all variants on these tasks; none named: the published runs, from policies that ship
     variant: tuple[str, ...] = ()  # only these: full, no-align, ... as --list shows them
     seed: tuple[int, ...] = (1, 2, 3, 4, 5)  # these seeds
@@ -176,8 +183,10 @@ class Job(NamedTuple):
 
 
 def base_of(script, variant):
-    """The entry of PRETRAINING that a run starts from."""
-    bases = {"o2o_sac": "cql", "critics": "cql", "o2o_td3": "td3_bc", "o2o_ppo": "iql"}
+    """The entry of PRETRAINING that a run starts from; None: from nothing."""
+    if script == "rlpd":
+        return None
+    bases = {"o2o_sac": "cql", "critics": "cql", "o2o_td3": "td3_bc", "o2o_ppo": "iql", "iql": "iql"}
     return bases.get(script) or ("iql_5" if variant.startswith("iql") else "lapo")
 
 
@@ -189,24 +198,30 @@ def all_jobs(args):
         if (args.script and script not in args.script) or (args.variant and variant not in args.variant):
             return
         policy, base = None, base_of(script, variant)
+        folder = {"critics": "benchmark/", "rlpd": "baselines/", "iql": "baselines/"}.get(script, "")
+        path = f"{folder}{script}.py"
         if args.paper and variant == "full-8000":
             return  # the budget is the paper's, so it is `full` again
-        paper = [*PAPER[script].split(), *PAPER.get(variant, "").split(), *PAPER.get(base, "").split()]
+        paper = [
+            *PAPER[path.removesuffix(".py").removeprefix("benchmark/")].split(),
+            *PAPER.get(variant, "").split(),
+            *PAPER.get(base, "").split(),
+        ]
         words = [*flags.split(), *(paper if args.paper else ()), *cuda, *shlex.split(args.flags)]
-        if args.pretrain:
+        if args.pretrain and base:
             name, budget = PRETRAINING[base]
             offline = [*budget.split(), *FAST.split(), *(["--updates", "1000000"] if args.paper else ()), *cuda]
             offline += shlex.split(args.offline_flags)
             policy = Job(f"offline/{name}.py", task, base, seed, last_of_each(offline))
             pretraining[policy] = None  # a dict keeps the order and drops what several variants share
-        path = "benchmark/critics.py" if script == "critics" else f"{script}.py"
         fine_tuning.append(Job(path, task, variant, seed, last_of_each(words), policy))
 
     for script, variants in EXPERIMENTS.items():
         for task in args.task or (HOPPER, *OTHERS):
             short = not args.task and task in OTHERS
             for variant, flags in variants.items():
-                ships = (ROOT / "offline/checkpoints" / task / f"{base_of(script, variant)}.pt").exists()
+                base = base_of(script, variant)
+                ships = base is None or (ROOT / "offline/checkpoints" / task / f"{base}.pt").exists()
                 if short and not ships and not args.pretrain:
                     continue
                 for seed in args.seed:
