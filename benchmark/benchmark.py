@@ -47,6 +47,7 @@ PAPER = {  # by script, by variant, by the offline algorithm
     "critics": "--reevaluation-steps 500000 --alignment-steps 500000",
     "baselines/rlpd": "--online-steps 250000 --updates-per-step 20",
     "baselines/iql": "--online-steps 1000000",
+    "baselines/pex": "--online-steps 1000000",
     "interval": "--reference-every 10000",
     "lapo": "--updates-per-step 20",
 }
@@ -77,6 +78,7 @@ EXPERIMENTS = {  # script: {variant: flags}
 EXPERIMENTS |= {  # baselines/
     "rlpd": {"full": f"--online-steps 50000 --eval-every 1000 {FAST}"},
     "iql": {"full": f"--online-steps 50000 --eval-every 1000 {FAST}"},
+    "pex": {"full": f"--online-steps 50000 --eval-every 1000 {FAST}"},
 }
 EXPERIMENTS["critics"] = {"study": f"{SAC} --eval-every-updates 1000 {FAST}"}  # benchmark/critics.py
 # One seed each, on hopper-medium-v2: the default commands as they stand, and how budget and alpha change alignment
@@ -104,7 +106,7 @@ PRETRAINING = {  # the offline algorithm that a fine-tuning run starts from: scr
 class Args:
     list: bool = False  # print the commands and their number, run nothing
     # only these; none named: all
-    script: tuple[Literal["o2o_sac", "o2o_td3", "o2o_ppo", "o3f", "rlpd", "iql", "critics"], ...] = ()
+    script: tuple[Literal["o2o_sac", "o2o_td3", "o2o_ppo", "o3f", "rlpd", "iql", "pex", "critics"], ...] = ()
     task: tuple[str, ...] = ()  # all variants on these tasks; none named: the published runs, from policies that ship
     variant: tuple[str, ...] = ()  # only these: full, no-align, ... as --list shows them
     seed: tuple[int, ...] = (1, 2, 3, 4, 5)  # these seeds
@@ -186,7 +188,7 @@ def base_of(script, variant):
     """The entry of PRETRAINING that a run starts from; None: from nothing."""
     if script == "rlpd":
         return None
-    bases = {"o2o_sac": "cql", "critics": "cql", "o2o_td3": "td3_bc", "o2o_ppo": "iql", "iql": "iql"}
+    bases = {"o2o_sac": "cql", "critics": "cql", "o2o_td3": "td3_bc", "o2o_ppo": "iql", "iql": "iql", "pex": "iql"}
     return bases.get(script) or ("iql_5" if variant.startswith("iql") else "lapo")
 
 
@@ -198,7 +200,9 @@ def all_jobs(args):
         if (args.script and script not in args.script) or (args.variant and variant not in args.variant):
             return
         policy, base = None, base_of(script, variant)
-        folder = {"critics": "benchmark/", "rlpd": "baselines/", "iql": "baselines/"}.get(script, "")
+        folder = {"critics": "benchmark/", "rlpd": "baselines/", "iql": "baselines/", "pex": "baselines/"}.get(
+            script, ""
+        )
         path = f"{folder}{script}.py"
         if args.paper and variant == "full-8000":
             return  # the budget is the paper's, so it is `full` again

@@ -48,6 +48,7 @@ GROUPS = {  # table -> its script, and the title of each variant in it; the firs
     "o3f_lapo": ("o3f", {"lapo": "O3F, ω = 0", "lapo-omega-1": "O3F, ω = 1", "lapo-noise": "action noise"}),
     "rlpd": ("rlpd", {"full": "RLPD, 4 updates a step"}),
     "iql": ("iql", {"full": "IQL goes on"}),
+    "pex": ("pex", {"full": "PEX"}),
     "alignment": ("o2o_sac", {f"alignment-{n}": f"{n:,} updates" for n in (25_000, 50_000, 100_000, 200_000)}),
 }
 METHODS = {  # title -> its table, its variant there
@@ -59,6 +60,7 @@ METHODS = {  # title -> its table, its variant there
     "O3F on LAPO": ("o3f_lapo", "lapo"),
     "RLPD": ("rlpd", "full"),
     "IQL": ("iql", "full"),
+    "PEX": ("pex", "full"),
 }
 NAIVE = {  # the same online algorithms without the method, for the table in README.md
     "O2SAC": ("SAC, started naively", "o2o_sac", "naive"),
