@@ -48,6 +48,7 @@ PAPER = {  # by script, by variant, by the offline algorithm
     "baselines/rlpd": "--online-steps 250000 --updates-per-step 20",
     "baselines/iql": "--online-steps 1000000",
     "baselines/pex": "--online-steps 1000000",
+    "baselines/awac": "--offline-steps 1000000 --online-steps 1000000",
     "interval": "--reference-every 10000",
     "lapo": "--updates-per-step 20",
 }
@@ -79,6 +80,7 @@ EXPERIMENTS |= {  # baselines/
     "rlpd": {"full": f"--online-steps 50000 --eval-every 1000 {FAST}"},
     "iql": {"full": f"--online-steps 50000 --eval-every 1000 {FAST}"},
     "pex": {"full": f"--online-steps 50000 --eval-every 1000 {FAST}"},
+    "awac": {"full": f"--offline-steps 100000 --online-steps 50000 --eval-every 1000 {FAST}"},
 }
 EXPERIMENTS["critics"] = {"study": f"{SAC} --eval-every-updates 1000 {FAST}"}  # benchmark/critics.py
 # One seed each, on hopper-medium-v2: the default commands as they stand, and how budget and alpha change alignment
@@ -106,7 +108,7 @@ PRETRAINING = {  # the offline algorithm that a fine-tuning run starts from: scr
 class Args:
     list: bool = False  # print the commands and their number, run nothing
     # only these; none named: all
-    script: tuple[Literal["o2o_sac", "o2o_td3", "o2o_ppo", "o3f", "rlpd", "iql", "pex", "critics"], ...] = ()
+    script: tuple[Literal["o2o_sac", "o2o_td3", "o2o_ppo", "o3f", "rlpd", "iql", "pex", "awac", "critics"], ...] = ()
     task: tuple[str, ...] = ()  # all variants on these tasks; none named: the published runs, from policies that ship
     variant: tuple[str, ...] = ()  # only these: full, no-align, ... as --list shows them
     seed: tuple[int, ...] = (1, 2, 3, 4, 5)  # these seeds
@@ -186,7 +188,7 @@ class Job(NamedTuple):
 
 def base_of(script, variant):
     """The entry of PRETRAINING that a run starts from; None: from nothing."""
-    if script == "rlpd":
+    if script in ("rlpd", "awac"):
         return None
     bases = {"o2o_sac": "cql", "critics": "cql", "o2o_td3": "td3_bc", "o2o_ppo": "iql", "iql": "iql", "pex": "iql"}
     return bases.get(script) or ("iql_5" if variant.startswith("iql") else "lapo")

@@ -49,6 +49,7 @@ GROUPS = {  # table -> its script, and the title of each variant in it; the firs
     "rlpd": ("rlpd", {"full": "RLPD, 4 updates a step"}),
     "iql": ("iql", {"full": "IQL goes on"}),
     "pex": ("pex", {"full": "PEX"}),
+    "awac": ("awac", {"full": "AWAC"}),
     "alignment": ("o2o_sac", {f"alignment-{n}": f"{n:,} updates" for n in (25_000, 50_000, 100_000, 200_000)}),
 }
 METHODS = {  # title -> its table, its variant there
@@ -61,6 +62,7 @@ METHODS = {  # title -> its table, its variant there
     "RLPD": ("rlpd", "full"),
     "IQL": ("iql", "full"),
     "PEX": ("pex", "full"),
+    "AWAC": ("awac", "full"),
 }
 NAIVE = {  # the same online algorithms without the method, for the table in README.md
     "O2SAC": ("SAC, started naively", "o2o_sac", "naive"),
