@@ -378,7 +378,7 @@ class Adam:
 
     def load_state_dict(self, saved):
         for mine, value in zip(self.state_dict()["state"], saved["state"], strict=True):
-            mine.copy_(value.view(mine.shape))  # without it a smaller one would be broadcast
+            mine.copy_(value.view(mine.shape))  # a view, or a smaller one would be broadcast
 
 
 @torch.no_grad()
@@ -502,16 +502,21 @@ def load_data(args, device):
     return data
 
 
+def collected(run, data):
+    """-> rows (n, 2 O + A + 2) of the n environment steps that a resumed run has made. Raises UserError."""
+    done, width = run.saved.get("online", data.rows[:0]), data.rows.shape[1:]
+    if not torch.is_tensor(done) or done.shape[1:] != width or len(done) != run.progress["online_steps"]:
+        raise UserError(f"{run.dir}/resume.pt is damaged: it does not hold the steps that the run has made")
+    return done.to(data.rows.device)
+
+
 def online_start(args, run, data):
     """-> the training environment and the observation it stands at, the buffer (N + online_steps, 2 O + A + 2) with
     the data in its first N rows, and N. A resumed run repeats the actions of the episode that was cut off, so that no
     state of a simulator has to be stored."""
     start, first, env = run.progress["episode_start"], len(data.rows), data.make_env()
     buffer = torch.cat([data.rows, data.rows.new_zeros(args.online_steps, data.rows.shape[1])])
-    done = run.saved.get("online", buffer[:0])
-    if not torch.is_tensor(done) or done.shape[1:] != buffer.shape[1:] or len(done) != run.progress["online_steps"]:
-        raise UserError(f"{run.dir}/resume.pt is damaged: it does not hold the steps that the run has made")
-    done = done.to(buffer.device)
+    done = collected(run, data)
     buffer[first : first + len(done)] = done
     obs, _ = env.reset(seed=1_000_000 * args.seed + start)
     for action in data.split(done[start:])[1].cpu().numpy():
@@ -631,21 +636,18 @@ class Run:
         self.args, self.dir, self.writing = args, Path(args.resume or args.run_dir or default), False
         if not args.resume and (self.dir / "args.json").exists():
             raise UserError(f"{self.dir} holds a run already; continue it with --resume or name another --run-dir")
-        self.begun, self.saved = (
-            args.resume and (self.dir / "resume.pt").exists(),
-            {"progress": progress, "metrics": []},
-        )
-        self.saved |= {"seconds": 0.0} | (load_file(self.dir / "resume.pt") if self.begun else {})
+        self.begun = args.resume and (self.dir / "resume.pt").exists()
+        self.saved = {"progress": progress, "metrics": [], "seconds": 0.0}
+        self.saved |= load_file(self.dir / "resume.pt") if self.begun else {}
         self.progress, self.metrics = self.saved["progress"], self.saved["metrics"]
         try:
-            kinds = {key: float | None if x is None else type(x) for key, x in progress.items()}
-            same = all(isinstance(self.progress[key], kind) for key, kind in kinds.items())
+            for key, x in progress.items():
+                if not isinstance(self.progress[key], float | None if x is None else type(x)):
+                    raise TypeError(key)
             json.dumps([self.progress, list(map(json.loads, self.metrics))])
             self.started = time.monotonic() - float(self.saved["seconds"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{self.dir}/resume.pt is damaged ({type(error).__name__})") from error
-        if not same:
-            raise UserError(f"{self.dir}/resume.pt is of another script, or damaged")
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise UserError(f"{self.dir}/resume.pt is damaged, or of another script ({error!r})") from error
 
     def restore(self, nets, optimizers, generator):
         """Names what resume.pt holds, loads it when this run continues one, and begins to write."""
@@ -671,7 +673,7 @@ class Run:
                 raise ValueError("numbers that are not finite")
         except BlockingIOError as error:
             raise UserError(f"another process writes to {self.dir}; wait for it, or name another --run-dir") from error
-        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             raise UserError(f"{self.dir}/resume.pt does not fit this run ({type(error).__name__})") from error
         save_file(json.dumps({"algorithm": ALGORITHM, **asdict(self.args)}, indent=1), self.dir / "args.json")
         save_file("".join(self.metrics), self.dir / "metrics.jsonl")  # rows after resume.pt will be written again

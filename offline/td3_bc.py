@@ -263,7 +263,7 @@ class Adam:
 
     def load_state_dict(self, saved):
         for mine, value in zip(self.state_dict()["state"], saved["state"], strict=True):
-            mine.copy_(value.view(mine.shape))  # without it a smaller one would be broadcast
+            mine.copy_(value.view(mine.shape))  # a view, or a smaller one would be broadcast
 
 
 @torch.no_grad()
@@ -498,21 +498,18 @@ class Run:
         self.args, self.dir, self.writing = args, Path(args.resume or args.run_dir or default), False
         if not args.resume and (self.dir / "args.json").exists():
             raise UserError(f"{self.dir} holds a run already; continue it with --resume or name another --run-dir")
-        self.begun, self.saved = (
-            args.resume and (self.dir / "resume.pt").exists(),
-            {"progress": progress, "metrics": []},
-        )
-        self.saved |= {"seconds": 0.0} | (load_file(self.dir / "resume.pt") if self.begun else {})
+        self.begun = args.resume and (self.dir / "resume.pt").exists()
+        self.saved = {"progress": progress, "metrics": [], "seconds": 0.0}
+        self.saved |= load_file(self.dir / "resume.pt") if self.begun else {}
         self.progress, self.metrics = self.saved["progress"], self.saved["metrics"]
         try:
-            kinds = {key: float | None if x is None else type(x) for key, x in progress.items()}
-            same = all(isinstance(self.progress[key], kind) for key, kind in kinds.items())
+            for key, x in progress.items():
+                if not isinstance(self.progress[key], float | None if x is None else type(x)):
+                    raise TypeError(key)
             json.dumps([self.progress, list(map(json.loads, self.metrics))])
             self.started = time.monotonic() - float(self.saved["seconds"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{self.dir}/resume.pt is damaged ({type(error).__name__})") from error
-        if not same:
-            raise UserError(f"{self.dir}/resume.pt is of another script, or damaged")
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise UserError(f"{self.dir}/resume.pt is damaged, or of another script ({error!r})") from error
 
     def restore(self, nets, optimizers, generator):
         """Names what resume.pt holds, loads it when this run continues one, and begins to write."""
@@ -538,7 +535,7 @@ class Run:
                 raise ValueError("numbers that are not finite")
         except BlockingIOError as error:
             raise UserError(f"another process writes to {self.dir}; wait for it, or name another --run-dir") from error
-        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             raise UserError(f"{self.dir}/resume.pt does not fit this run ({type(error).__name__})") from error
         save_file(json.dumps({"algorithm": ALGORITHM, **asdict(self.args)}, indent=1), self.dir / "args.json")
         save_file("".join(self.metrics), self.dir / "metrics.jsonl")  # rows after resume.pt will be written again
