@@ -76,7 +76,8 @@ EXPERIMENTS = {  # script: {variant: flags}
         **{f"iql{name}": f"--base iql {IQL} {FAST} {flag}" for name, flag in OPTIMISM.items()},
     },
 }
-EXPERIMENTS |= {  # baselines/
+BASELINES = ("rlpd", "iql", "pex", "awac")  # in baselines/
+EXPERIMENTS |= {
     "rlpd": {"full": f"--online-steps 50000 --eval-every 1000 {FAST}"},
     "iql": {"full": f"--online-steps 50000 --eval-every 1000 {FAST}"},
     "pex": {"full": f"--online-steps 50000 --eval-every 1000 {FAST}"},
@@ -202,9 +203,7 @@ def all_jobs(args):
         if (args.script and script not in args.script) or (args.variant and variant not in args.variant):
             return
         policy, base = None, base_of(script, variant)
-        folder = {"critics": "benchmark/", "rlpd": "baselines/", "iql": "baselines/", "pex": "baselines/"}.get(
-            script, ""
-        )
+        folder = "benchmark/" if script == "critics" else "baselines/" if script in BASELINES else ""
         path = f"{folder}{script}.py"
         if args.paper and variant == "full-8000":
             return  # the budget is the paper's, so it is `full` again

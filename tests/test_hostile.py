@@ -184,12 +184,13 @@ def test_mutated_run_folders(module, policies, tmp_path, monkeypatch, capsys):
     saved, bytes_of = torch.load(good / "resume.pt", weights_only=True), (good / "resume.pt").read_bytes()
     monkeypatch.setattr(module, "draw_curve", lambda run: None)  # slow, and not what is tested
     budgets = {key: x for key, x in arguments.items() if key.endswith(("_steps", "_every", "updates"))}
+    kept = {key: arguments[key] for key in ("output",) if key in arguments}  # None is the checkpoint that ships
     refused = 0
     for i in range(RUN_FOLDERS):
         folder = tmp_path / f"run{i}"
         shutil.copytree(good, folder, ignore=shutil.ignore_patterns("tensorboard"))
         if i % 3 == 0:
-            changed = {**budgets, **mutated(arguments, rng)}
+            changed = {**budgets, **mutated(arguments, rng), **kept}
             text = json.dumps({key: value for key, value in changed.items() if not torch.is_tensor(value)})
             (folder / "args.json").write_text(text if rng.random() < 0.9 else text[: len(text) // 2])
         elif i % 3 == 1:
