@@ -652,8 +652,9 @@ class Run:
         public = {key: value for key, value in progress.items() if key not in PRIVATE.split()}
         summary = origin | {"algorithm": ALGORITHM, "seed": args.seed} | public
         if scores := [score for _, score in progress.get("scores", [])]:
-            first = getattr(args, "warm_up", 0) + args.online_steps / 10  # before the warm-up ends nothing can drop
-            early = [score for step, score in progress["scores"] if step <= first] or scores[:1]
+            warm_up = getattr(args, "warm_up", 0)  # until it ends nothing can drop
+            after = [(step, score) for step, score in progress["scores"] if step > warm_up] or progress["scores"]
+            early = [score for step, score in after if step <= warm_up + args.online_steps / 10] or [after[0][1]]
             summary |= {"final_score": float(np.mean(scores[-5:])), "best_score": max(scores)}
             summary |= {"lowest_score": min(scores), "auc": float(np.mean(scores))}
             summary |= {"initial_drop": progress["start_score"] - min(early)}  # from the policy that enters the stage
