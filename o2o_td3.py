@@ -15,15 +15,12 @@ whatever trained it:
     python o2o_td3.py --env-id hopper-medium-v2  # makes the dataset, then all three stages
     python o2o_td3.py --reevaluation-steps 500000 --alignment-steps 500000 --online-steps 100000  # the paper's budget
 
-Not in the paper but in the released code: asymmetric weights in the multiplier's loss; the cap on the distance in
-the alignment, which lowers a value by 4 % at most (on the poster the cap is a floor). docs/method.md has what differs
-from the paper and from the released code.
+What differs from the paper and from the released code: docs/method.md.
 
 The method ends with `train`. What follows (networks, data, run folder) is the same in every script.
 """
 
 import fcntl
-import importlib
 import json
 import math
 import os
@@ -34,7 +31,6 @@ import time
 import zipfile
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
 from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
@@ -525,8 +521,10 @@ def check_spec(spec, name):
     harmless = "FilterObservation FlattenObservation RescaleAction RescaleObservation ClipAction TimeLimit".split()
     try:
         spec, places = json.loads(spec), {f"{getattr(gym.wrappers, w).__module__}:{w}" for w in harmless}
-        if spec["entry_point"].startswith("gymnasium_robotics."):  # AntMaze, Kitchen, Adroit: registered by the import
-            gym.register_envs(importlib.import_module("gymnasium_robotics"))
+        if spec["entry_point"].startswith("gymnasium_robotics."):  # AntMaze, Kitchen, Adroit
+            import gymnasium_robotics
+
+            gym.register_envs(gymnasium_robotics)
         good = {wrapper["entry_point"] for wrapper in spec["additional_wrappers"]} <= places
         good &= gym.registry[spec["id"]].entry_point == spec["entry_point"]
         good &= not any(isinstance(value, str) and "/" in value for value in spec["kwargs"].values())  # files
@@ -738,7 +736,8 @@ class Run:
     before `restore`, when all that can be refused has been."""
 
     def __init__(self, args, progress):
-        default = f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+        now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}"  # two runs may start in one second
+        default = f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{now}"
         self.args, self.dir, self.writing = args, Path(args.resume or args.run_dir or default), False
         if not args.resume and (self.dir / "args.json").exists():
             raise UserError(f"{self.dir} holds a run already; continue it with --resume or name another --run-dir")

@@ -15,7 +15,6 @@ The method ends with `train`. What follows (networks, data, run folder) is the s
 """
 
 import fcntl
-import importlib
 import json
 import math
 import os
@@ -26,7 +25,6 @@ import time
 import zipfile
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
 from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
@@ -395,8 +393,10 @@ def check_spec(spec, name):
     harmless = "FilterObservation FlattenObservation RescaleAction RescaleObservation ClipAction TimeLimit".split()
     try:
         spec, places = json.loads(spec), {f"{getattr(gym.wrappers, w).__module__}:{w}" for w in harmless}
-        if spec["entry_point"].startswith("gymnasium_robotics."):  # AntMaze, Kitchen, Adroit: registered by the import
-            gym.register_envs(importlib.import_module("gymnasium_robotics"))
+        if spec["entry_point"].startswith("gymnasium_robotics."):  # AntMaze, Kitchen, Adroit
+            import gymnasium_robotics
+
+            gym.register_envs(gymnasium_robotics)
         good = {wrapper["entry_point"] for wrapper in spec["additional_wrappers"]} <= places
         good &= gym.registry[spec["id"]].entry_point == spec["entry_point"]
         good &= not any(isinstance(value, str) and "/" in value for value in spec["kwargs"].values())  # files
@@ -571,7 +571,8 @@ class Run:
     before `restore`, when all that can be refused has been."""
 
     def __init__(self, args, progress):
-        default = f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+        now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}"  # two runs may start in one second
+        default = f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{now}"
         self.args, self.dir, self.writing = args, Path(args.resume or args.run_dir or default), False
         if not args.resume and (self.dir / "args.json").exists():
             raise UserError(f"{self.dir} holds a run already; continue it with --resume or name another --run-dir")

@@ -21,7 +21,6 @@ import time
 import zipfile
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -470,7 +469,8 @@ class Run:
     before `restore`, when all that can be refused has been."""
 
     def __init__(self, args, progress):
-        default = f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+        now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}"  # two runs may start in one second
+        default = f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{now}"
         self.args, self.dir, self.writing = args, Path(args.resume or args.run_dir or default), False
         if not args.resume and (self.dir / "args.json").exists():
             raise UserError(f"{self.dir} holds a run already; continue it with --resume or name another --run-dir")

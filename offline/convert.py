@@ -15,7 +15,6 @@ All that can be wrong with foreign data is looked for here, before the first wri
 numbers that are not finite, an environment that gymnasium does not know.
 """
 
-import importlib
 import json
 import os
 import re
@@ -272,8 +271,10 @@ def check_spec(spec, name):
     harmless = "FilterObservation FlattenObservation RescaleAction RescaleObservation ClipAction TimeLimit".split()
     try:
         spec, places = json.loads(spec), {f"{getattr(gym.wrappers, w).__module__}:{w}" for w in harmless}
-        if spec["entry_point"].startswith("gymnasium_robotics."):  # AntMaze, Kitchen, Adroit: registered by the import
-            gym.register_envs(importlib.import_module("gymnasium_robotics"))
+        if spec["entry_point"].startswith("gymnasium_robotics."):  # AntMaze, Kitchen, Adroit
+            import gymnasium_robotics
+
+            gym.register_envs(gymnasium_robotics)
         good = {wrapper["entry_point"] for wrapper in spec["additional_wrappers"]} <= places
         good &= gym.registry[spec["id"]].entry_point == spec["entry_point"]
         good &= not any(isinstance(value, str) and "/" in value for value in spec["kwargs"].values())  # files

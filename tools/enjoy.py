@@ -9,7 +9,6 @@ it already is not evaluated again.
 """
 
 import hashlib
-import importlib
 import json
 import os
 import subprocess
@@ -141,8 +140,10 @@ def check_spec(spec, name):
     harmless = "FilterObservation FlattenObservation RescaleAction RescaleObservation ClipAction TimeLimit".split()
     try:
         spec, places = json.loads(spec), {f"{getattr(gym.wrappers, w).__module__}:{w}" for w in harmless}
-        if spec["entry_point"].startswith("gymnasium_robotics."):  # AntMaze, Kitchen, Adroit: registered by the import
-            gym.register_envs(importlib.import_module("gymnasium_robotics"))
+        if spec["entry_point"].startswith("gymnasium_robotics."):  # AntMaze, Kitchen, Adroit
+            import gymnasium_robotics
+
+            gym.register_envs(gymnasium_robotics)
         good = {wrapper["entry_point"] for wrapper in spec["additional_wrappers"]} <= places
         good &= gym.registry[spec["id"]].entry_point == spec["entry_point"]
         good &= not any(isinstance(value, str) and "/" in value for value in spec["kwargs"].values())  # files
