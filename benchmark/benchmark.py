@@ -260,6 +260,9 @@ def locked(path):
         yield
 
 
+RUNNING = set()  # processes of `call`
+
+
 def call(command, log):
     """Runs a command of the list with its output in `log`. -> its exit code. It ends with whoever called it."""
     keeper = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
@@ -267,7 +270,12 @@ def call(command, log):
     with open(log, "a") as file:
         print(shlex.join(command), file=file, flush=True)
         words = [*keeper, sys.executable, *command[1:]]
-        return subprocess.run(words, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+        with subprocess.Popen(words, env=environment, stdout=file, stderr=subprocess.STDOUT) as process:
+            RUNNING.add(process)
+            try:
+                return process.wait()
+            finally:
+                RUNNING.discard(process)
 
 
 def run_job(job, results):
@@ -319,6 +327,8 @@ def run_local(jobs, args):
             return {job: future.result() for job, future in futures.items()}
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(RUNNING):
+                process.terminate()  # a run then saves its summary and ends
             raise
 
 
