@@ -9,7 +9,8 @@ takes the least of a random two, allows many updates per environment step.
 
 Each environment step makes `updates_per_step` updates of the critics, then one of the actor and the temperature, on the
 last batch. There is no offline policy: `offline_score` is that of the untrained one. As in the authors' code, AntMaze
-has no entropy bonus in the target, takes the least of one critic, and learns from r - 1.
+has no entropy bonus in the target, takes the least of one critic, and learns from r - 1. Other than there, observations
+are standardised by the data's mean and std.
 
 The method ends with `train`. What follows (networks, data, run folder) is the same in every script.
 """
@@ -134,12 +135,8 @@ def make_updates(args, nets, optimizers, split):
 def train_online(args, run, updates, data, score):
     """One environment step, then updates_per_step updates of the critics and one of the policy. The environment
     receives exactly the action that the buffer stores."""
-    progress, actor, generator, (update_critics, update_policy) = (
-        run.progress,
-        run.nets["actor"],
-        run.generator,
-        updates,
-    )
+    progress, actor, generator = run.progress, run.nets["actor"], run.generator
+    update_critics, update_policy = updates
     env, obs, buffer, first = online_start(args, run, data)
     offline, shape = round(args.offline_fraction * args.batch_size), (args.batch_size, data.act_dim)
     seconds, count, values = 0.0, 0, {}
@@ -164,7 +161,8 @@ def train_online(args, run, updates, data, score):
                 noise = torch.randn(2, *shape, generator=generator, device=generator.device)
                 order = torch.randperm(args.num_critics, generator=generator, device=generator.device)
                 values = update_critics(rows, noise[0], order[: args.min_critics])
-            values = values | update_policy(rows, noise[1])
+            values = {key: value.clone() for key, value in values.items()}  # the next CUDA graph may write over them
+            values |= update_policy(rows, noise[1])
             if args.cuda:
                 torch.cuda.synchronize()  # for the clock; the next action would wait for the updates anyway
             seconds += time.monotonic() - clock
