@@ -187,7 +187,7 @@ def make_updates(args, nets, optimizers, split):
         return numbers(alpha=alpha, entropy=entropy)
 
     def pretrain(rows, noise, chosen):
-        """Writes everything. The last column of rows is G(s); noise (3 K + 1, B, A)."""
+        """Writes everything. The last column of rows is G(s); noise (3 cql_actions + 1, B, A)."""
         rows, floor = rows[:, :-1], rows[:, -1]
         obs, action, _, next_obs, _ = split(rows)
         with torch.no_grad():
