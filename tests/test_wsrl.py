@@ -139,9 +139,13 @@ def test_only_the_chosen_critics_make_the_target():
     assert losses[0] > 1e5 and losses[2] > 1e5 and losses[1] < 1e3
 
 
-def test_the_temperature_moves_towards_the_target_entropy():
+@pytest.mark.parametrize("entropy", [-2.7, -1.3])
+def test_the_temperature_moves_towards_the_target_entropy(entropy):
     nets, (_, _, policy), rows, noise = made(tiny("x"))
-    entropy = policy(rows[:, :-1], noise[0])["entropy"].item()
+    with torch.no_grad():  # a narrow normal around 0, which tanh leaves alone; two dimensions share the entropy
+        nets["actor"].net[-1].weight.zero_()
+        nets["actor"].net[-1].bias[2:] = entropy / 2 - 0.5 * math.log(2 * math.pi * math.e) + 1
+    assert policy(rows[:, :-1], noise[0])["entropy"].item() == pytest.approx(entropy, abs=0.5)
     assert (nets["log_alpha"][0].item() < 0) == (entropy > -2)  # target: -A = -2 nats
 
 
