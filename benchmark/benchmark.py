@@ -46,6 +46,7 @@ PAPER = {  # by script, by variant, by the offline algorithm
     "o3f": "--online-steps 100000 --eval-every 1000",
     "critics": "--reevaluation-steps 500000 --alignment-steps 500000",
     "baselines/rlpd": "--online-steps 250000 --updates-per-step 20",
+    "baselines/wsrl": "--offline-steps 250000 --cql-actions 10 --online-steps 500000",
     "baselines/iql": "--online-steps 1000000",
     "baselines/pex": "--online-steps 1000000",
     "baselines/awac": "--offline-steps 1000000 --online-steps 1000000",
@@ -76,9 +77,10 @@ EXPERIMENTS = {  # script: {variant: flags}
         **{f"iql{name}": f"--base iql {IQL} {FAST} {flag}" for name, flag in OPTIMISM.items()},
     },
 }
-BASELINES = ("rlpd", "iql", "pex", "awac")  # in baselines/
+BASELINES = ("rlpd", "wsrl", "iql", "pex", "awac")  # in baselines/
 EXPERIMENTS |= {
     "rlpd": {"full": f"--online-steps 50000 --eval-every 1000 {FAST}"},
+    "wsrl": {"full": f"--offline-steps 20000 --online-steps 20000 --eval-every 1000 {FAST}"},
     "iql": {"full": f"--online-steps 50000 --eval-every 1000 {FAST}"},
     "pex": {"full": f"--online-steps 50000 --eval-every 1000 {FAST}"},
     "awac": {"full": f"--offline-steps 100000 --online-steps 50000 --eval-every 1000 {FAST}"},
