@@ -658,7 +658,9 @@ def warm_start(path, saved, nets):
             if not good or (getattr(net, "obs_std", torch.ones(1)) <= 0).any():
                 raise UserError(f"{path} holds weights that are not finite, or a std that is not positive")
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path} holds no WSRL that fits the data and the flags ({type(error).__name__})") from error
+        raise UserError(
+            f"{path} holds no {ALGORITHM} that fits the data and the flags ({type(error).__name__})"
+        ) from error
     return nets
 
 

@@ -24,11 +24,11 @@ import o2o_ppo  # noqa: E402
 import o2o_sac  # noqa: E402
 import o2o_td3  # noqa: E402
 import o3f  # noqa: E402
-from baselines import awac, pex, rlpd, wsrl  # noqa: E402
+from baselines import awac, cal_ql, pex, rlpd, wsrl  # noqa: E402
 from baselines import iql as iql_online  # noqa: E402
 
 torch.set_num_threads(1)
-for module in (bc, cql, iql, lapo, td3_bc, o2o_sac, o2o_td3, o2o_ppo, o3f, rlpd, wsrl, pex, awac, iql_online):
+for module in (bc, cql, iql, lapo, td3_bc, o2o_sac, o2o_td3, o2o_ppo, o3f, rlpd, wsrl, cal_ql, pex, awac, iql_online):
     module.closing_score = partial(module.closing_score, episodes=1)  # 50 are for people
 TASK = "hopper-medium-v2"
 
