@@ -28,7 +28,7 @@ from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import gymnasium as gym
 import minari
@@ -73,6 +73,7 @@ class Args:
     tau: float = 0.005  # Polyak rate of the targets
     learning_rate: float = 3e-4  # policy and critics
     awac_lambda: float = 1.0  # temperature of the weights: smaller ones prefer good actions more (CORL, AntMaze: 0.1)
+    schedule: Literal["constant", "abrupt", "linear"] = "constant"  # its course online: constant, or to a tenth
     max_weight: float = 100.0  # largest weight of an imitated action
 
     compile: bool = True  # compile the update into one graph
@@ -91,6 +92,12 @@ def settings(args):
 def td_target(reward, terminated, next_q, gamma):
     """y = r + gamma (1 - d) min_j Q_j(s', a'),   a' ~ pi. reward, terminated (B,); next_q (n, B) return; -> (B,)."""
     return reward + gamma * (1 - terminated) * next_q.amin(0)
+
+
+def scheduled(schedule, start, end, share):
+    """An offline objective's strength after `share` in [0, 1] of the online steps: constant at `start`, abrupt to `end`
+    with the first step, or linear from one to the other."""
+    return start if schedule == "constant" else end if schedule == "abrupt" else start + (end - start) * share
 
 
 def imitation_weight(q, q_policy, awac_lambda, largest):
@@ -152,7 +159,7 @@ def train_offline(args, run, stage, steps, update, rows, shape, check, extra=lam
             clock, count = time.monotonic(), 0
 
 
-def train_online(args, run, update, data, score):
+def train_online(args, run, update, data, awac_lambda, score):
     """One environment step with an action drawn from the policy, then updates_per_step updates on the whole buffer. The
     environment receives exactly the action that the buffer stores."""
     progress, actor, generator = run.progress, run.nets["actor"], run.generator
@@ -171,6 +178,9 @@ def train_online(args, run, update, data, score):
 
         if step > args.warm_up:
             clock, count = time.monotonic(), count + args.updates_per_step
+            awac_lambda.fill_(
+                scheduled(args.schedule, args.awac_lambda, args.awac_lambda / 10, step / args.online_steps)
+            )
             for _ in range(args.updates_per_step):
                 index = torch.randint(first + step, (args.batch_size,), generator=generator, device=generator.device)
                 shape = 2, args.batch_size, data.act_dim
@@ -203,7 +213,9 @@ def train(args, run, data, saved):
     nets = {name: net.to(device) for name, net in nets.items()}
     optimizers = {name: Adam(nets[name].parameters(), args.learning_rate) for name in ("actor", "critics")}
     run.restore(nets, optimizers, torch.Generator(device).manual_seed(args.seed))
-    update = compile_update(make_update(args, nets, optimizers, data.split), args)
+    awac_lambda = torch.tensor(args.awac_lambda, device=device)  # a tensor, for --schedule changes it between updates
+    update = make_update(replace(args, awac_lambda=awac_lambda), nets, optimizers, data.split)
+    update = compile_update(update, args)
     envs = [data.make_env() for _ in range(args.eval_episodes)]
     score, shape = partial(score_policy, args, run, data, envs), (2, args.batch_size, data.act_dim)
     if progress["stage"] == "start":
@@ -218,7 +230,7 @@ def train(args, run, data, saved):
             awac_checkpoint(args, data, nets, args.offline_steps, progress["offline_score"]), run.dir / "offline.pt"
         )
         run.enter("online")
-    train_online(args, run, update, data, score)
+    train_online(args, run, update, data, awac_lambda, score)
     progress["closing_score"], progress["closing_error"] = closing_score(args, nets["actor"], data, envs)
     save_file(awac_checkpoint(args, data, nets, args.online_steps, progress["closing_score"]), run.dir / "model.pt")
 

@@ -29,7 +29,7 @@ from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import gymnasium as gym
 import minari
@@ -71,6 +71,7 @@ class Args:
     tau: float = 0.005  # Polyak rate of the targets
     learning_rate: float = 3e-4  # policy, V and critics
     expectile: float = 0.7  # of Q over the buffer's actions, which V is: 0.5 their mean, 1 the best of them
+    schedule: Literal["constant", "abrupt", "linear"] = "constant"  # its course online: constant, or to 0.85
     temperature: float = 3.0  # beta: weight of the advantage in the imitation
     max_weight: float = 100.0  # largest weight of an imitated action
 
@@ -85,6 +86,12 @@ def settings(args):
         return {}
     values = {"expectile": 0.9, "temperature": 10.0, "reward_bias": -1.0}
     return values | {"eval_every": 5_000, "eval_episodes": 50}
+
+
+def scheduled(schedule, start, end, share):
+    """An offline objective's strength after `share` in [0, 1] of the online steps: constant at `start`, abrupt to `end`
+    with the first step, or linear from one to the other."""
+    return start if schedule == "constant" else end if schedule == "abrupt" else start + (end - start) * share
 
 
 def value_target(reward, terminated, next_value, gamma):
@@ -130,7 +137,7 @@ def make_iql_update(args, nets, optimizers, split):
     return update
 
 
-def train_online(args, run, update, data, score):
+def train_online(args, run, update, data, expectile, score):
     """One environment step with an action drawn from the policy, then updates_per_step updates on the whole buffer. The
     environment receives exactly the action that the buffer stores."""
     progress, actor, generator = run.progress, run.nets["actor"], run.generator
@@ -150,6 +157,7 @@ def train_online(args, run, update, data, score):
 
         if step > args.warm_up:
             clock, count = time.monotonic(), count + args.updates_per_step
+            expectile.fill_(scheduled(args.schedule, args.expectile, 0.85, step / args.online_steps))
             for _ in range(args.updates_per_step):
                 index = torch.randint(first + step, (args.batch_size,), generator=generator, device=generator.device)
                 values = update(buffer[index], None, rate)
@@ -174,7 +182,9 @@ def train(args, run, data, nets, saved):
     data.rows[:, data.obs_dim + data.act_dim] *= run.scale
     optimizers = {name: Adam(nets[name].parameters(), args.learning_rate) for name in ("actor", "value", "critics")}
     run.restore(nets, optimizers, torch.Generator(device).manual_seed(args.seed))
-    update = compile_update(make_iql_update(args, nets, optimizers, data.split), args)
+    expectile = torch.tensor(args.expectile, device=device)  # a tensor, for --schedule changes it between updates
+    update = make_iql_update(replace(args, expectile=expectile), nets, optimizers, data.split)
+    update = compile_update(update, args)
     envs = [data.make_env() for _ in range(args.eval_episodes)]
     score = partial(score_policy, args, run, data, envs)
     if progress["stage"] == "start":
@@ -182,7 +192,7 @@ def train(args, run, data, nets, saved):
         progress["start_score"] = score()["score"]
         print(f"offline policy: score {progress['offline_score']:.1f} +- {progress['offline_error']:.1f}", flush=True)
         run.enter("online")
-    train_online(args, run, update, data, score)
+    train_online(args, run, update, data, expectile, score)
     progress["closing_score"], progress["closing_error"] = closing_score(args, nets["actor"], data, envs)
     save_file(iql_checkpoint(args, data, nets, saved, progress["closing_score"]), run.dir / "model.pt")
 

@@ -2,6 +2,7 @@
 
 import json
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,9 +64,11 @@ def test_an_update_moves_everything():
 def test_compiled_equals_eager():
     results = []
     for compiled in (False, True):
-        nets, update, batch = made(awac.Args())
+        awac_lambda = torch.tensor(1.0)
+        nets, update, batch = made(replace(awac.Args(), awac_lambda=awac_lambda))
         update = awac.compile_update(update, awac.Args(compile=compiled))
-        for _ in range(3):
+        for level in (1.0, 1.0, 0.1):  # --schedule: not compiled into the update as a constant
+            awac_lambda.fill_(level)
             update(*batch)
         results.append(torch.cat([x.flatten() for net in nets.values() for x in net.parameters()]))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
@@ -116,3 +119,15 @@ def test_the_pretraining_can_be_used_again(tmp_path):
     with pytest.raises(awac.UserError, match="holds no AWAC"):
         awac.main(tiny(tmp_path / "third", checkpoint=str(tmp_path / "other.pt")))
     assert not (tmp_path / "third").exists()
+
+
+def test_schedule_lowers_lambda_online_only(tmp_path, monkeypatch):
+    seen, real = [], awac.make_update
+
+    def spied(args, *inputs):
+        update = real(args, *inputs)
+        return lambda rows, noise: seen.append(float(args.awac_lambda)) or update(rows, noise)
+
+    monkeypatch.setattr(awac, "make_update", spied)
+    awac.main(tiny(tmp_path / "run", schedule="linear", warm_up=0))
+    assert seen == pytest.approx([1.0] * 6 + [1 - 0.9 * step / 8 for step in range(1, 9)])

@@ -95,3 +95,18 @@ def test_checkpoints_that_do_not_fit(policy, tmp_path, change, words):
     with pytest.raises(online.UserError, match=words):
         online.main(tiny(tmp_path / "changed.pt", tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "schedule, values", [("abrupt", [0.85] * 12), ("linear", [0.7 + 0.0125 * i for i in range(1, 13)])]
+)
+def test_schedule_moves_the_expectile(policy, tmp_path, monkeypatch, schedule, values):
+    seen, real = [], online.make_iql_update
+
+    def spied(args, *inputs):
+        update = real(args, *inputs)
+        return lambda *batch: seen.append(float(args.expectile)) or update(*batch)
+
+    monkeypatch.setattr(online, "make_iql_update", spied)
+    online.main(tiny(policy, tmp_path / "run", schedule=schedule, warm_up=0))
+    assert seen == pytest.approx(values)
