@@ -47,6 +47,7 @@ PAPER = {  # by script, by variant, by the offline algorithm
     "critics": "--reevaluation-steps 500000 --alignment-steps 500000",
     "baselines/rlpd": "--online-steps 250000 --updates-per-step 20",
     "baselines/wsrl": "--offline-steps 250000 --cql-actions 10 --online-steps 500000",
+    "baselines/cal_ql": "--offline-steps 1000000 --online-steps 1000000",
     "baselines/iql": "--online-steps 1000000",
     "baselines/pex": "--online-steps 1000000",
     "baselines/awac": "--offline-steps 1000000 --online-steps 1000000",
@@ -77,14 +78,20 @@ EXPERIMENTS = {  # script: {variant: flags}
         **{f"iql{name}": f"--base iql {IQL} {FAST} {flag}" for name, flag in OPTIMISM.items()},
     },
 }
-BASELINES = ("rlpd", "wsrl", "iql", "pex", "awac")  # in baselines/
+BASELINES = ("rlpd", "wsrl", "cal_ql", "iql", "pex", "awac")  # in baselines/
 EXPERIMENTS |= {
     "rlpd": {"full": f"--online-steps 50000 --eval-every 1000 {FAST}"},
     "wsrl": {"full": f"--offline-steps 20000 --online-steps 20000 --eval-every 1000 {FAST}"},
+    "cal_ql": {
+        "full": f"--offline-steps 20000 --online-steps 20000 --cql-actions 4 {FAST}",
+        "no-calibrate": f"--offline-steps 20000 --online-steps 20000 --cql-actions 4 {FAST} --no-calibrate",
+    },
     "iql": {"full": f"--online-steps 50000 --eval-every 1000 {FAST}"},
     "pex": {"full": f"--online-steps 50000 --eval-every 1000 {FAST}"},
     "awac": {"full": f"--offline-steps 100000 --online-steps 50000 --eval-every 1000 {FAST}"},
 }
+MAZES = ("antmaze-umaze-v2", "antmaze-umaze-diverse-v2")  # one seed
+MAZE_EXPERIMENTS = {script: {"full": FAST} for script in ("o2o_td3", "o2o_ppo", "iql")}  # by the scripts' settings
 EXPERIMENTS["critics"] = {"study": f"{SAC} --eval-every-updates 1000 {FAST}"}  # benchmark/critics.py
 # One seed each, on hopper-medium-v2: the default commands as they stand, and how budget and alpha change alignment
 DEFAULTS = {
@@ -107,11 +114,14 @@ PRETRAINING = {  # the offline algorithm that a fine-tuning run starts from: scr
 }
 
 
+Script = Literal["o2o_sac", "o2o_td3", "o2o_ppo", "o3f", "rlpd", "wsrl", "cal_ql", "iql", "pex", "awac", "critics"]
+
+
 @dataclass
 class Args:
     list: bool = False  # print the commands and their number, run nothing
     # only these; none named: all
-    script: tuple[Literal["o2o_sac", "o2o_td3", "o2o_ppo", "o3f", "rlpd", "iql", "pex", "awac", "critics"], ...] = ()
+    script: tuple[Script, ...] = ()
     task: tuple[str, ...] = ()  # all variants on these tasks; none named: the published runs, from policies that ship
     variant: tuple[str, ...] = ()  # only these: full, no-align, ... as --list shows them
     seed: tuple[int, ...] = (1, 2, 3, 4, 5)  # these seeds
@@ -191,7 +201,7 @@ class Job(NamedTuple):
 
 def base_of(script, variant):
     """The entry of PRETRAINING that a run starts from; None: from nothing."""
-    if script in ("rlpd", "awac"):
+    if script in ("rlpd", "wsrl", "cal_ql", "awac"):
         return None
     bases = {"o2o_sac": "cql", "critics": "cql", "o2o_td3": "td3_bc", "o2o_ppo": "iql", "iql": "iql", "pex": "iql"}
     return bases.get(script) or ("iql_5" if variant.startswith("iql") else "lapo")
@@ -224,15 +234,16 @@ def all_jobs(args):
         fine_tuning.append(Job(path, task, variant, seed, last_of_each(words), policy))
 
     for script, variants in EXPERIMENTS.items():
-        for task in args.task or (HOPPER, *OTHERS):
-            short = not args.task and task in OTHERS
-            for variant, flags in variants.items():
+        for task in args.task or (HOPPER, *OTHERS, *MAZES):
+            short = not args.task and task != HOPPER
+            maze = task.startswith("antmaze")
+            for variant, flags in (MAZE_EXPERIMENTS.get(script, {}) if maze else variants).items():
                 base = base_of(script, variant)
                 ships = base is None or (ROOT / "offline/checkpoints" / task / f"{base}.pt").exists()
                 if short and not ships and not args.pretrain:
                     continue
                 for seed in args.seed:
-                    if not short or (variant in ("full", "full-8000", "iql") and seed <= 3):
+                    if not short or (variant in ("full", "full-8000", "iql") and seed <= (1 if maze else 3)):
                         add(script, task, variant, seed, flags)
         if HOPPER in (args.task or (HOPPER,)) and 1 in args.seed and not args.paper:
             if script in DEFAULTS:

@@ -32,6 +32,7 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 TASKS = [f"{env}-{data}-v2" for data in ("medium", "medium-replay") for env in ("hopper", "walker2d", "halfcheetah")]
+MAZES = [f"antmaze-{maze}-v2" for maze in ("umaze", "umaze-diverse")]
 ABLATIONS = {
     "full": "full method",
     "no-reevaluate": "no re-evaluation",
@@ -48,6 +49,7 @@ GROUPS = {  # table -> its script, and the title of each variant in it; the firs
     "o3f_lapo": ("o3f", {"lapo": "O3F, ω = 0", "lapo-omega-1": "O3F, ω = 1", "lapo-noise": "action noise"}),
     "rlpd": ("rlpd", {"full": "RLPD, 4 updates a step"}),
     "wsrl": ("wsrl", {"full": "WSRL"}),
+    "cal_ql": ("cal_ql", {"full": "Cal-QL", "no-calibrate": "CQL goes on"}),
     "iql": ("iql", {"full": "IQL goes on"}),
     "pex": ("pex", {"full": "PEX"}),
     "awac": ("awac", {"full": "AWAC"}),
@@ -62,6 +64,7 @@ METHODS = {  # title -> its table, its variant there
     "O3F on LAPO": ("o3f_lapo", "lapo"),
     "RLPD": ("rlpd", "full"),
     "WSRL": ("wsrl", "full"),
+    "Cal-QL": ("cal_ql", "full"),
     "IQL": ("iql", "full"),
     "PEX": ("pex", "full"),
     "AWAC": ("awac", "full"),
@@ -234,7 +237,8 @@ def aggregate_table(runs):
     """A row for each method on each task, and one for all its tasks together."""
     rows = []
     for title, tasks in aggregate(runs).items():
-        together = {f"all {len(tasks)}": balanced(tasks)} if len(tasks) > 1 else {}
+        moving = {task: found for task, found in tasks.items() if task in TASKS}  # locomotion; mazes have other scores
+        together = {f"all {len(moving)}": balanced(moving)} if len(moving) > 1 else {}
         for name, strata in {**{task: {task: found} for task, found in tasks.items()}, **together}.items():
             every = [run for found in strata.values() for run in found]
             steps = {run["online_steps"] for run in every}
@@ -264,7 +268,7 @@ def main_table(runs):
         lines += [NAIVE[title]] if title in NAIVE else []
         lines.append((title.split(",")[0], group, variant))
     found = {group: chosen(runs, group) for _, group, _ in lines}
-    tasks, rows = [task for task in TASKS if any(task in by_task for by_task in found.values())], []
+    tasks, rows = [task for task in (*TASKS, *MAZES) if any(task in by_task for by_task in found.values())], []
     for title, group, variant in lines:
         cells = [found[group].get(task, {}).get(variant, []) for task in tasks]
         if steps := sorted({run["online_steps"] for cell in cells for run in cell}):
@@ -475,6 +479,8 @@ def draw_aggregate(runs, path):
     """Offline and fine-tuned score of each method, over all its tasks."""
     bars = []
     for title, tasks in aggregate(runs).items():
+        if not (tasks := {task: found for task, found in tasks.items() if task in TASKS}):
+            continue
         tasks = balanced(tasks)
         for column, label, color in (("offline", "offline", "0.7"), ("final", "fine-tuned", "C0")):
             bars.append((f"{title}, {label}", [[run[column] for run in found] for found in tasks.values()], color))
