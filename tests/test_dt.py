@@ -3,15 +3,24 @@ checkpoints: offline/bc.py, tools/enjoy.py, the online scripts."""
 
 import json
 import math
+import random
+import subprocess
 from copy import deepcopy
 from functools import partial
 
+import bc
 import dt
+import enjoy
 import numpy as np
 import pytest
 import torch
-from conftest import TASK
+from conftest import TASK, tiny_args
+from test_hostile import damaged, mutated
 from torch import nn
+
+import o2o_ppo
+import o2o_sac
+import o2o_td3
 
 dt.closing_score = partial(dt.closing_score, episodes=1)  # 50 are for people
 OBS, ACT, WIDTH = 4, 2, 4 + 2 + 2
@@ -296,3 +305,140 @@ def test_refusals(whole, tmp_path):
     with pytest.raises(dt.UserError, match="only these may change"):
         dt.parse_args(["--resume", str(whole[0] / "run"), "--window", "7"])
     assert not (tmp_path / "run").exists()
+
+
+def test_labels_are_what_the_policy_would_do_if_it_had_acted_so_far():
+    """Two episodes of rewards 1, 2, 3 and 4, 0: asked for 5, or for the 6 that the first one brings."""
+    reward, last = torch.tensor([1.0, 2, 3, 4, 0]), torch.tensor([0, 0, 1, 0, 1]).bool()
+    obs, action = torch.randn(5, OBS), torch.randn(5, ACT)
+    rows = torch.cat([obs, action, reward.unsqueeze(1), obs, torch.zeros(5, 1)], 1)
+    data, seen = bc.Data("", rows, last, OBS, ACT, (0, 1), None), []
+    labels = bc.transformer_labels(lambda x: seen.append(x) or x[:, :3], data, 2, 5.0, 10.0)
+    seen = torch.cat(seen).view(5, 2, WIDTH)
+    assert labels.shape == (5, 3)
+    assert seen[:, -1, 0].tolist() == [60, 50, 30, 50, 10]
+    assert seen[:, 0, 0].tolist() == [0, 60, 50, 0, 50] and seen[:, 0, -1].tolist() == [0, 1, 1, 0, 1]
+    assert torch.equal(seen[:, -1, 1 : 1 + OBS], obs) and torch.equal(seen[[1, 4], 0, 1 + OBS : -1], action[[0, 3]])
+    assert (seen[:, -1, 1 + OBS : -1] == 0).all() and (seen[:, -1, -1] == 1).all()
+
+
+def copy_of(whole, tmp_path, monkeypatch, **changes):
+    """Teaches a copy of the transformer. -> bc's summary."""
+    monkeypatch.setattr(bc, "closing_score", partial(bc.closing_score, episodes=1))
+    settings = {"teacher": str(whole[0] / "dt.pt"), "updates": 40, "eval_every_updates": 20, "eval_episodes": 1}
+    settings |= {"compile": False, "output": str(tmp_path / "copy.pt"), "run_dir": str(tmp_path / "copy")}
+    return bc.main(bc.Args(**settings | changes))
+
+
+@pytest.mark.parametrize("kind", ["squashed_gaussian", "deterministic"])
+def test_the_copy_of_a_transformer_gets_likelier(whole, tmp_path, monkeypatch, kind):
+    summary = copy_of(whole, tmp_path, monkeypatch, policy=kind, updates=300, eval_every_updates=100)
+    losses = [json.loads(line)["offline/held_out_loss"] for line in (tmp_path / "copy/metrics.jsonl").open()]
+    assert losses[-1] < losses[0] and summary["held_out_loss"] == min(losses)
+    assert math.isfinite(summary["teacher_score"])
+    assert bc.load_file(tmp_path / "copy.pt")["policy"]["kind"] == kind
+
+
+def test_a_copy_resumes_exactly(whole, tmp_path, monkeypatch):
+    copy_of(whole, tmp_path / "a", monkeypatch)
+    copy_of(whole, tmp_path / "b", monkeypatch, updates=20)
+    again = bc.parse_args(["--resume", str(tmp_path / "b/copy"), "--updates", "40"])
+    bc.main(again)
+    one, other = (bc.load_file(tmp_path / name / "copy.pt") for name in "ab")
+    assert all(torch.equal(one["actor"][key], other["actor"][key]) for key in one["actor"])
+    assert one["teacher_score"] == other["teacher_score"]
+
+
+def test_all_scripts_act_as_the_transformer_that_was_trained(whole, minari_store):
+    data, saved = enjoy.load_data(enjoy.Args(env_id=TASK), torch.device("cpu")), dt.load_file(whole[0] / "dt.pt")
+    mode, wrap = enjoy.load_mode(whole[0] / "dt.pt", data)
+    trained = dt.DecisionTransformer(*dt.observation_stats(data), data.act_dim, [8, 8], 2)
+    trained.load_state_dict(saved["actor"])
+    copied, _ = bc.transformer_from(saved, data.obs_dim, data.act_dim)
+    env, own = wrap(data.make_env()), dt.History(data.make_env(), 3, 3600.0, 0.001)
+    obs, same = env.reset(seed=3)[0], own.reset(seed=3)[0]
+    for _ in range(5):
+        assert np.array_equal(obs, same)
+        x = data.to_tensor(obs[None])
+        assert torch.equal(mode(x), trained.mode(x)) and torch.equal(mode(x), copied.mode(x))
+        obs, same = (e.step(mode(x)[0].numpy())[0] for e in (env, own))
+
+
+def test_enjoy_scores_and_films_a_transformer(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(enjoy.gym.Wrapper, "render", lambda env: np.zeros((16, 16, 3), np.uint8))
+    path = str(whole[0] / "dt.pt")
+    found = enjoy.main(enjoy.Args(checkpoint=(path,), episodes=2, video=str(tmp_path / "film.gif")))
+    (result,) = found.values()
+    assert math.isfinite(result["score"]) and (tmp_path / "film.gif").stat().st_size > 0
+
+
+@pytest.mark.parametrize("script", [o2o_sac, o2o_td3, o2o_ppo], ids=lambda module: module.__name__)
+def test_an_online_script_starts_from_a_transformer_and_finishes(script, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(bc, "closing_score", partial(bc.closing_score, episodes=1))
+
+    def in_process(command):
+        flags = ["--updates", "4", "--eval-every-updates", "2", "--eval-episodes", "1", "--no-compile"]
+        bc.main(bc.parse_args([*map(str, command[2:]), *flags]))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(script.subprocess, "run", in_process)
+    summary = script.main(tiny_args(script, whole[0] / "dt.pt", tmp_path / "run"))
+    assert summary["status"] == "complete" and summary["scores"]
+    copy = script.load_file(tmp_path / "run/imitated.pt")
+    assert copy["policy"]["kind"] == script.KIND and math.isfinite(copy["teacher_score"])
+
+
+BAD_POLICIES = [
+    lambda saved: saved["policy"].update(hidden=[10**9] * 2),
+    lambda saved: saved["policy"].update(hidden=[1024] * 1024),
+    lambda saved: saved["policy"].update(hidden=[8] * 10**6),
+    lambda saved: saved["policy"].update(hidden=[8, 16]),
+    lambda saved: saved["policy"].update(hidden=[]),
+    lambda saved: saved["policy"].update(heads=0),
+    lambda saved: saved["policy"].update(heads=3),
+    lambda saved: saved["policy"].update(context=10**12),
+    lambda saved: saved["policy"].update(context=True),
+    lambda saved: saved["policy"].update(target_return=math.nan),
+    lambda saved: saved["policy"].update(rtg_scale="x"),
+    lambda saved: saved["policy"].pop("target_return"),
+    lambda saved: saved["actor"].pop("head.weight"),
+    lambda saved: saved["actor"].update(more=torch.zeros(3)),
+    lambda saved: saved["actor"]["head.weight"].fill_(math.nan),
+    lambda saved: saved["actor"].update({"obs_std": -saved["actor"]["obs_std"]}),
+    lambda saved: saved["actor"].update({"head.bias": saved["actor"]["head.bias"].double()}),
+    lambda saved: saved["actor"].update({"head.bias": 3}),
+]
+
+
+def readers(data):
+    yield bc.UserError, lambda path: bc.teacher_from(bc.load_file(path), data, torch.device("cpu"))
+    yield enjoy.UserError, lambda path: enjoy.load_mode(path, data)
+
+
+@pytest.mark.parametrize("number", range(len(BAD_POLICIES)))
+def test_a_hostile_transformer_is_refused_in_one_sentence(number, whole, minari_store, tmp_path):
+    saved, data = dt.load_file(whole[0] / "dt.pt"), bc.Data("x", torch.zeros(1, 27), None, 11, 3, (0, 1), None)
+    BAD_POLICIES[number](saved)
+    torch.save(saved, tmp_path / "bad.pt")
+    for error, read in readers(data):
+        with pytest.raises(error) as refusal:
+            read(tmp_path / "bad.pt")
+        assert "\n" not in str(refusal.value)
+
+
+def test_randomly_damaged_transformers(whole, tmp_path):
+    path, rng = tmp_path / "changed.pt", random.Random(0)
+    data = bc.Data("x", torch.zeros(1, 27), None, 11, 3, (0, 1), None)
+    saved, content, refused = dt.load_file(whole[0] / "dt.pt"), (whole[0] / "dt.pt").read_bytes(), 0
+    for i in range(150):
+        if i % 4:
+            torch.save(mutated(saved, rng), path)
+        else:
+            path.write_bytes(damaged(content, rng))
+        for error, read in readers(data):
+            try:
+                read(path)
+            except error as sentence:
+                assert "\n" not in str(sentence)
+                refused += 1
+    assert refused > 100
