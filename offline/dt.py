@@ -190,7 +190,8 @@ RANGES = {
     (0, 1): "learning_rate temperature_lr",
     (0, 10**9): "seed updates warm_up",
     (1, 10**9): "eval_every_updates eval_episodes batch_size",
-    (1, 1024): "num_threads window context hidden layers heads",
+    (1, 1024): "num_threads window context hidden heads",
+    (1, 64): "layers",
     (1e-9, 1000): "max_norm temperature",
 }
 RESUMABLE = "updates compile num_threads track wandb_project_name wandb_entity"

@@ -180,7 +180,7 @@ def transformer_from(saved, obs_dim, act_dim):
     Raises ValueError, TypeError or KeyError if it does not fit observations and actions of these sizes."""
     policy, state = saved["policy"], saved["actor"]
     hidden, heads, context = list(policy["hidden"]), policy["heads"], policy["context"]
-    if not all(type(x) is int and 0 < x <= 1024 for x in (heads, context, len(hidden), *hidden)):
+    if not all(type(x) is int and 0 < x <= 1024 for x in (heads, context, *hidden)) or not 0 < len(hidden) <= 64:
         raise ValueError("absurd sizes")
     if len(set(hidden)) > 1 or hidden[0] % heads:
         raise ValueError("its blocks differ in width, or have no whole number of heads")
