@@ -8,7 +8,8 @@ o2o_ppo.py Gaussians, and each calls this script when its checkpoint holds somet
 
 A twentieth of the episodes is held out, and the copy that is most likely there is the one that is kept: fits of one
 TD3+BC policy scored 108, 56, 73, 37 at successive checks. Writes a run folder and the checkpoint, which holds the
-teacher's score too.
+teacher's score too. A Decision Transformer, whose action depends on the episode so far, is asked once about every step
+of the data; its copy knows the observation alone.
 
 The method ends with `train`. What follows (networks, data, run folder) is the same in every script.
 """
@@ -24,6 +25,7 @@ import time
 import zipfile
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -95,16 +97,57 @@ def teacher_action(teacher, kind, obs, noise, std):
     return (mode + std * noise).clamp(-1, 1) if spread is None else spread
 
 
-def make_update(args, nets, optimizers, teacher, split):
-    """-> update(rows (B, 2 O + A + 2), noise (B, A)), which writes the actor and returns detached numbers, and
-    loss(rows, noise), the same loss without it."""
+def borders(last):
+    """-> the first and the last row of each row's episode, (N,) twice. last (N,): does an episode end here?"""
+    ends, number = last.nonzero().squeeze(1), last.cumsum(0) - last.long()
+    return torch.cat([ends.new_zeros(1), ends[:-1] + 1])[number], ends[number]
+
+
+def rewards_left(reward, last):
+    """R_t = r_t + r_t+1 + ... to the end of the episode, undiscounted. reward, last (N,); -> (N,) return."""
+    left = reward.double().flip(0).cumsum(0).flip(0)
+    return (left - F.pad(left, (0, 1))[borders(last)[1] + 1]).float()
+
+
+def windows(steps, first, last, length):
+    """The `length` steps that end with row `last` (B,), without those before row `first` (B,), for which there is
+    padding. steps (N, C) -> (B, length, C + 1), whose last column says what is a step (1) and what is padding (0)."""
+    row = last.unsqueeze(1) - torch.arange(length - 1, -1, -1, device=last.device)
+    real = (row >= first.unsqueeze(1)).unsqueeze(-1)
+    return torch.where(real, F.pad(steps[row.clamp(min=0)], (0, 1), value=1.0), 0.0)
+
+
+@torch.no_grad()
+def transformer_labels(look, data, context, target_return, rtg_scale):
+    """What a Decision Transformer says about every step of the data, given its true history and the return-to-go
+
+        max( target - rewards so far, rewards left )
+
+    : it is asked for the target, and for more where the episode did bring more. `look` maps histories, as the class
+    History shows them, to (B, 2 A). -> (N, 2 A)."""
+    obs, action, reward, *_ = data.split(data.rows)
+    left, (first, _) = rewards_left(reward, data.last), borders(data.last)
+    asked = left + (target_return - left[first]).clamp(min=0)
+    steps, labels = torch.cat([rtg_scale * asked.unsqueeze(1), obs, action], dim=1), []
+    for last in tqdm(torch.arange(len(obs)).to(first).split(1024), desc="teacher", unit="batch", disable=None):
+        seen = windows(steps, first[last], last, context)
+        seen[:, -1, -1 - data.act_dim : -1] = 0  # it does not know what the data did
+        labels.append(look(seen.flatten(1)))
+    return torch.cat(labels)
+
+
+def make_update(args, nets, optimizers, teacher, split, told=0):
+    """-> update(rows (B, 2 O + A + 2 + told), noise (B, A)), which writes the actor and returns detached numbers, and
+    loss(rows, noise), the same loss without it. told: columns at the end of the rows that hold what a transformer said
+    about them; its `teacher` makes actions of them, others of the observation."""
     actor = nets["actor"]
 
     def loss(rows, noise):
+        rows, said = rows.tensor_split([rows.shape[1] - told], dim=1)
         obs, action = split(rows)[:2]
         if teacher is not None:
             with torch.no_grad():
-                action = teacher_action(teacher, args.policy, obs, noise, args.teacher_std)
+                action = teacher_action(teacher, args.policy, said if told else obs, noise, args.teacher_std)
         return imitation_loss(actor, args.policy, obs, action)
 
     def update(rows, noise):
@@ -142,18 +185,30 @@ def train(args, run, data, saved):
     """Updates of the copy, from scratch; of all checks the one of the least held-out loss is kept."""
     device, progress = data.rows.device, run.progress
     torch.manual_seed(args.seed)
-    teacher, stats = None, observation_stats(data)
+    teacher, stats, look, wrap = None, observation_stats(data), lambda obs: obs, lambda env: env
     if saved is not None:
         teacher = teacher_from(saved, data, device)
+    transformer = saved is not None and saved["policy"]["kind"] == "decision_transformer"
+    if transformer:
+        net, wrap = transformer_from(saved, data.obs_dim, data.act_dim)
+        net.to(device).bf16 = args.bf16
+
+        def look(seen):
+            return torch.cat(net(seen.unflatten(-1, (-1, data.obs_dim + data.act_dim + 2))), -1)[:, -1]
+
     hidden = [256] * (3 if args.policy == "squashed_gaussian" else 2)  # as the offline scripts have them
     actor = COPIES[args.policy](*stats, data.act_dim, hidden, bf16=args.bf16)
     nets = {"actor": actor, "best": deepcopy(actor)}
     nets = {name: net.to(device) for name, net in nets.items()}
     optimizers = {"actor": Adam(nets["actor"].parameters(), args.learning_rate)}
     run.restore(nets, optimizers, torch.Generator(device).manual_seed(args.seed))
-    update, loss = make_update(args, nets, optimizers, teacher, data.split)
+    rows = data.rows
+    if transformer:
+        options = (saved["policy"][key] for key in ("context", "target_return", "rtg_scale"))
+        rows = torch.cat([rows, transformer_labels(look, data, *options)], dim=1)
+    update, loss = make_update(args, nets, optimizers, teacher, data.split, rows.shape[1] - data.rows.shape[1])
     envs, out = [data.make_env() for _ in range(args.eval_episodes)], held_out(data.last)
-    rest = data.rows[out if out.any() else ~out][:20_000]
+    rest = rows[out if out.any() else ~out][:20_000]
     noise = torch.randn(len(rest), data.act_dim, generator=torch.Generator().manual_seed(0)).to(device)
 
     def check():
@@ -166,12 +221,13 @@ def train(args, run, data, saved):
         return {"held_out_loss": value} | score_policy(args, run, data, envs)
 
     if teacher is not None and progress["teacher_score"] is None:
-        policy = lambda obs, noise: (teacher(obs, noise)[0], torch.zeros(len(obs)))  # noqa: E731
-        returns = [evaluate(policy, envs, 200_000_000 + 1_000_000 * args.seed + 50 * i, device)[0] for i in range(5)]
+        policy = lambda obs, noise: (teacher(look(obs), noise)[0], torch.zeros(len(obs)))  # noqa: E731
+        seen = [wrap(env) for env in envs]
+        returns = [evaluate(policy, seen, 200_000_000 + 1_000_000 * args.seed + 50 * i, device)[0] for i in range(5)]
         progress["teacher_score"] = data.score(np.mean(returns))
     shape = args.batch_size, data.act_dim
     update = compile_update(update, args)
-    train_offline(args, run, "offline", args.updates, update, data.rows[~out], shape, check)
+    train_offline(args, run, "offline", args.updates, update, rows[~out], shape, check)
     nets["actor"].load_state_dict(nets["best"].state_dict())
     more = {"policy": {"kind": args.policy, "hidden": hidden}, "teacher_score": progress["teacher_score"]}
     finish(args, run, data, envs, **more)
@@ -293,6 +349,114 @@ COPIES = {"squashed_gaussian": SquashedGaussianActor, "tanh_gaussian": TanhGauss
 COPIES["deterministic"] = DeterministicActor
 
 
+class History(gym.Wrapper):
+    """Observes the last `length` steps of the episode, as `windows` has them but flat, so that a policy of histories is
+    a plain function of what it observes. The return that is asked for falls by every reward, and the action of the
+    current step is still 0."""
+
+    def __init__(self, env, length, target_return, rtg_scale):
+        super().__init__(env)
+        (self.obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
+        self.steps, self.target, self.scale = np.zeros((length, self.obs_dim + act_dim + 2)), target_return, rtg_scale
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (self.steps.size,), np.float64)
+
+    def remember(self, obs):
+        self.steps[:-1], self.steps[-1] = self.steps[1:].copy(), 0
+        self.steps[-1, 0], self.steps[-1, 1 : 1 + self.obs_dim], self.steps[-1, -1] = self.scale * self.left, obs, 1
+        return self.steps.flatten()
+
+    def reset(self, **options):
+        obs, info = self.env.reset(**options)
+        self.steps[:], self.left = 0, self.target
+        return self.remember(obs), info
+
+    def step(self, action):
+        obs, reward, *rest = self.env.step(action)
+        self.steps[-1, 1 + self.obs_dim : -1], self.left = action, self.left - reward
+        return self.remember(obs), reward, *rest
+
+
+class Block(nn.Module):
+    """Attention, then two layers, each added to its input after a normalisation: a block of GPT-2."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1, self.norm2, self.heads = nn.LayerNorm(width), nn.LayerNorm(width), heads
+        self.attention = nn.Linear(
+            width, 3 * width, bias=False
+        )  # softmax ignores a key's: Adam would inflate its noise
+        self.projection = nn.Linear(width, width)
+        self.net = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width))
+
+    def forward(self, x, seen):
+        """(B, T, W) -> the same; seen (B, 1, T, T): which token looks at which."""
+        query, key, value = self.attention(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        scores = (query / math.sqrt(key.shape[-1]) @ key.mT).masked_fill(~seen, -math.inf)
+        mixed = (
+            scores.softmax(-1) @ value
+        )  # on a CPU F.scaled_dot_product_attention's backward pass is ten times slower
+        x = x + self.projection(mixed.transpose(1, 2).flatten(2))
+        return x + self.net(self.norm2(x))
+
+
+class DecisionTransformer(nn.Module):
+    """pi(a_t | R, s up to t, a before t) = tanh(N(mean, std^2)). No token says where it stands: the order shows in what
+    it may look at."""
+
+    def __init__(self, obs_mean, obs_std, act_dim, hidden, heads, bf16=False):
+        super().__init__()
+        self.register_buffer("obs_mean", obs_mean.clone())
+        self.register_buffer("obs_std", obs_std.clone())
+        self.sizes, self.bf16 = [1, len(obs_mean), act_dim], bf16
+        self.embeddings = nn.ModuleList(nn.Linear(size, hidden[0]) for size in self.sizes)
+        self.blocks = nn.ModuleList(Block(width, heads) for width in hidden)
+        self.norms, self.head = nn.ModuleList(nn.LayerNorm(hidden[0]) for _ in "12"), nn.Linear(hidden[0], 2 * act_dim)
+        nn.init.orthogonal_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, steps):
+        """(B, K, O + A + 2) steps as `windows` has them -> mean and log_std of u, (B, K, A), a = tanh(u)."""
+        rtg, obs, action, real = steps.split([*self.sizes, 1], dim=-1)
+        inputs, length = (rtg, (obs - self.obs_mean) / self.obs_std, action), 3 * steps.shape[1]
+        with torch.autocast(steps.device.type, torch.bfloat16, enabled=self.bf16):
+            tokens = [embed(x) for embed, x in zip(self.embeddings, inputs, strict=True)]
+            x = self.norms[0](torch.stack(tokens, dim=2).flatten(1, 2))  # R_1, s_1, a_1, R_2, ...
+            near = torch.ones(length, length, dtype=torch.bool, device=x.device)
+            seen = near.tril() & (real.bool().repeat_interleave(3, 1).mT | near.tril().triu())  # itself: never nothing
+            for block in self.blocks:
+                x = block(x, seen.unsqueeze(1))
+            x = self.norms[1](x[:, 1::3])
+        mean, log_std = self.head(x.float()).chunk(2, dim=-1)
+        return mean, -5 + 3.5 * (torch.tanh(log_std) + 1)
+
+    def mode(self, steps):
+        """(B, K (O + A + 2)) what History observes -> tanh of the mean (B, A), the action that evaluation executes."""
+        return torch.tanh(self(steps.unflatten(-1, (-1, sum(self.sizes) + 1)))[0][:, -1])
+
+
+def transformer_from(saved, obs_dim, act_dim):
+    """-> the Decision Transformer in a checkpoint, and the function that makes an environment show it its history.
+    Raises ValueError, TypeError or KeyError if it does not fit observations and actions of these sizes."""
+    policy, state = saved["policy"], saved["actor"]
+    hidden, heads, context = list(policy["hidden"]), policy["heads"], policy["context"]
+    if not all(type(x) is int and 0 < x <= 1024 for x in (heads, context, *hidden)) or not 0 < len(hidden) <= 64:
+        raise ValueError("absurd sizes")
+    if len(set(hidden)) > 1 or hidden[0] % heads:
+        raise ValueError("its blocks differ in width, or have no whole number of heads")
+    options = {"length": context, **{key: float(policy[key]) for key in ("target_return", "rtg_scale")}}
+    if not math.isfinite(options["target_return"] * options["rtg_scale"]):
+        raise ValueError("the return that it asks for is not finite")
+    with torch.device("meta"):  # takes no memory before the sizes are known to be those of the file
+        net = DecisionTransformer(torch.empty(obs_dim), torch.empty(obs_dim), act_dim, hidden, heads)
+    shapes, found = ({key: x.shape for key, x in weights.items()} for weights in (net.state_dict(), state))
+    if shapes != found or {x.dtype for x in state.values()} != {torch.float32}:
+        raise ValueError("its weights do not fit its sizes")
+    if not all(x.isfinite().all() for x in state.values()) or (state["obs_std"] <= 0).any():
+        raise ValueError("it holds weights that are not finite, or a std that is not positive")
+    net.load_state_dict(state, assign=True)
+    return net.requires_grad_(False), partial(History, **options)
+
+
 def layers(state, prefix, x):
     """A ReLU network whose weights are `<prefix>net.<n>.weight`, (B, inputs) -> (B, outputs)."""
     numbers = sorted({int(key.split(".")[-2]) for key in state if key.startswith(f"{prefix}net.")})
@@ -304,7 +468,8 @@ def layers(state, prefix, x):
 
 def teacher_from(saved, data, device):
     """-> teacher(obs (B, O), noise (B, A)): the most likely actions (B, A) of a checkpoint's policy, and ones drawn
-    from it, or None if it is deterministic. Raises UserError if the checkpoint does not fit the data."""
+    from it, or None if it is deterministic; of a Decision Transformer, which needs more than obs, teacher(its mean and
+    log_std (B, 2 A), noise). Raises UserError if the checkpoint does not fit the data."""
     try:
         kind, state = saved["policy"]["kind"], {key: value.to(device) for key, value in saved["actor"].items()}
 
@@ -325,8 +490,17 @@ def teacher_from(saved, data, device):
             action = layers(state, "decoder.", (x - state["decoder.mean"]) / state["decoder.std"])
             return (action * state["decoder.act_std"] + state["decoder.act_mean"]).clamp(-1, 1), None
 
-        kinds = {f.__name__: f for f in (squashed_gaussian, tanh_gaussian, deterministic, latent)}
-        actions = kinds[kind](data.rows[:1, : data.obs_dim], torch.zeros(1, data.act_dim, device=device))[0]
+        def decision_transformer(said, noise):
+            mean, log_std = said.chunk(2, dim=-1)
+            return torch.tanh(mean), torch.tanh(mean + log_std.exp() * noise)
+
+        kinds = {f.__name__: f for f in (squashed_gaussian, tanh_gaussian, deterministic, latent, decision_transformer)}
+        obs = data.rows[:1, : data.obs_dim]
+        if kind == "decision_transformer":
+            net, wrap = transformer_from(saved, data.obs_dim, data.act_dim)
+            seen = torch.zeros(1, saved["policy"]["context"], data.obs_dim + data.act_dim + 2)
+            obs = torch.cat(net(seen), -1)[:, -1].to(device)
+        actions = kinds[kind](obs, torch.zeros(1, data.act_dim, device=device))[0]
         good = actions.shape == (1, data.act_dim) and all(value.isfinite().all() for value in state.values())
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, IndexError) as error:
         sizes = f"{data.obs_dim} observations and {data.act_dim} actions"

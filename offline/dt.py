@@ -1,16 +1,17 @@
-"""Decision Transformer (Chen et al. 2021, arXiv 2106.01345), pre-trained as Online DT does it (arXiv 2202.05607).
+"""Decision Transformer: acts by predicting the next token of an episode (Chen et al., NeurIPS 2021, arXiv 2106.01345),
+with the stochastic policy of Online Decision Transformer's pre-training (Zheng et al., ICML 2022, arXiv 2202.05607).
 
-The policy is a sequence model: it reads the last steps of the episode, each with the return that is still to come, and
-says which action the data had there. Asked for a high return, it answers with what good episodes did. No values are
-learned. Trained by maximum likelihood with an entropy bonus, whose weight is tuned:
+An episode is a sequence: the return that is still to come, the observation, the action, and so on. A causal
+transformer learns by maximum likelihood which action came next. To act, it is asked for a high return, from which every
+reward is taken off. There is no critic and no bootstrapping.
 
-    loss = -log pi(a_t | R_1 s_1 a_1 ... R_t s_t) - temperature * entropy        sequence_loss
+    python offline/dt.py --env-id hopper-medium-v2 --bf16  # on a CPU with bf16 units
+    python offline/dt.py --hidden 512 --layers 4 --batch-size 256 --updates 5000 --cuda --bf16  # the authors' sizes
 
-    python offline/dt.py --env-id hopper-medium-v2 --bf16
-    python o2o_td3.py --checkpoint CHECKPOINT  # fine-tunes a copy without memory, which offline/bc.py makes
-
-Other than in the authors' code: 0.6 instead of 13 million weights, Adam instead of LAMB, no dropout (the loss on
-held-out episodes, which is logged, shows whether it is missed), and the entropy is that of real steps, not of padding.
+Writes a run folder, and `offline/checkpoints/<env_id>/dt.pt`, which the online scripts fine-tune after `offline/bc.py`
+has made a policy of one observation out of it. Differs from the authors' code: sized for a CPU, no dropout, Adam with a
+rate that falls to 0 over --updates (so a run that is resumed for longer is not the longer run) and not LAMB, padding
+has no part in the entropy, and no episode of the data is left out.
 
 The method ends with `train`. What follows (networks, data, run folder) is the same in every script.
 """
@@ -25,6 +26,7 @@ import sys
 import time
 import zipfile
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -57,108 +59,87 @@ class Args:
     run_dir: str | None = None  # folder of this run; None: runs/<env_id>__<exp_name>__<seed>__<time>
     resume: str | None = None  # folder of a run that was cut off, to be continued
 
-    updates: int = 20_000  # gradient steps (ODT: 5,000 of a larger batch)
-    eval_every_updates: int = 2_000  # updates between evaluations, which are also the points to resume from
+    updates: int = 20_000  # gradient steps
+    eval_every_updates: int = 1_000  # updates between evaluations, which are also the points to resume from
     eval_episodes: int = 10  # episodes of one evaluation, all at once
     batch_size: int = 64  # windows of one gradient step
-    window: int = 20  # environment steps in each of them
-    context: int = 5  # latest steps that the policy reads when it acts
-    width: int = 128  # of a token
-    num_layers: int = 3  # transformer blocks
-    num_heads: int = 4  # of their attention
-    learning_rate: float = 3e-4  # of the transformer, after warm_up_updates
-    warm_up_updates: int = 1_000  # updates over which the rate grows from 0
-    temperature_lr: float = 1e-4  # of the entropy's weight
-    temperature: float = 0.1  # that weight at the start
-    return_scale: float = 0.001  # returns-to-go are multiplied by it
-    target_return: float | None = None  # what the policy is asked for; None: the best return in the data
+    window: int = 20  # steps in a window, each a return-to-go, an observation and an action
+    context: int = 5  # last steps that the policy sees when it acts
+    target_return: float | None = None  # asked for at the start of an episode; None: that of the data's best episode
+    rtg_scale: float = 0.001  # returns-to-go are multiplied by it
+    hidden: int = 128  # width of the transformer
+    layers: int = 3  # its blocks
+    heads: int = 4  # of its attention
+    learning_rate: float = 1e-3  # of the transformer; rises over `warm_up`, then falls to 0 along a cosine
+    warm_up: int = 500  # updates until it is reached
+    max_norm: float = 0.25  # longer gradients are shortened to it
+    temperature: float = 0.1  # weight of the entropy at the start; it is tuned towards an entropy of -A nats
+    temperature_lr: float = 1e-4  # its learning rate
 
-    compile: bool = True  # compile the update into one graph
+    compile: bool = False  # compile the update into one graph: on a CPU that takes a minute and gains nothing
     bf16: bool = False  # matrix products in bf16, on CPUs and GPUs that have units for it
     num_threads: int = 1  # CPU threads: such small networks get slower, not faster, once threads exceed the free cores
 
 
 def settings(args):
-    """What the authors change with the task; the command line still wins."""
+    """What the authors ask for in evaluation depends on the task, and AntMaze's returns are 0 or 1; the command line
+    still wins."""
     if args.env_id.startswith("antmaze"):
-        return {"return_scale": 1.0, "target_return": 1.0, "eval_every_updates": 10_000, "eval_episodes": 50}
+        return {"rtg_scale": 1.0, "target_return": 1.0, "eval_every_updates": 5_000, "eval_episodes": 50}
     targets = {"hopper": 3600.0, "walker2d": 5000.0, "halfcheetah": 6000.0}
-    return {"target_return": targets.get(args.env_id.split("-")[0])}
+    task = args.env_id.split("-")[0]
+    return {"target_return": targets[task]} if task in targets else {}
 
 
-def returns_to_go(reward, last):
-    """R_t = r_t + r_t+1 + ... to the end of the episode, not discounted. reward, last (N,): does an episode end here?
-    -> (N,)."""
-    sums = reward.double().cumsum(0)
-    ends = sums[last][(last.cumsum(0) - last.long())]
-    return (ends - sums + reward).float()
+def borders(last):
+    """-> the first and the last row of each row's episode, (N,) twice. last (N,): does an episode end here?"""
+    ends, number = last.nonzero().squeeze(1), last.cumsum(0) - last.long()
+    return torch.cat([ends.new_zeros(1), ends[:-1] + 1])[number], ends[number]
 
 
-def sequence_loss(log_prob, entropy, temperature, real):
-    """-E[ log pi(a_t | history) ] - temperature * E[ entropy ], over the steps that are no padding. log_prob, entropy,
-    real (B, T): nats, nats, 0 or 1."""
-    return -((log_prob + temperature * entropy) * real).sum() / real.sum()
+def rewards_left(reward, last):
+    """R_t = r_t + r_t+1 + ... to the end of the episode, undiscounted. reward, last (N,); -> (N,) return."""
+    left = reward.double().flip(0).cumsum(0).flip(0)
+    return (left - F.pad(left, (0, 1))[borders(last)[1] + 1]).float()
 
 
-class Windows(NamedTuple):
-    """Stretches of episodes, by the index of their first step: what train_offline draws from."""
-
-    steps: torch.Tensor  # (N, 1 + O + A): return-to-go, observation, action
-    left: torch.Tensor  # (N,) steps from here to the end of the episode, this one included
-    starts: torch.Tensor  # (M,) where a window may begin
-    length: int
-
-    def __len__(self):
-        return len(self.starts)
-
-    def __getitem__(self, index):
-        """(B,) -> (B, length, 1 + O + A + 1), the last number: is it real, or padding after the episode's end?"""
-        first, ahead = self.starts[index][:, None], torch.arange(self.length, device=self.starts.device)
-        real = ahead < self.left[first]
-        steps = self.steps[(first + ahead).clamp(max=len(self.steps) - 1)]
-        return torch.cat([steps * real[..., None], real[..., None].float()], dim=-1)
+def windows(steps, first, last, length):
+    """The `length` steps that end with row `last` (B,), without those before row `first` (B,), for which there is
+    padding. steps (N, C) -> (B, length, C + 1), whose last column says what is a step (1) and what is padding (0)."""
+    row = last.unsqueeze(1) - torch.arange(length - 1, -1, -1, device=last.device)
+    real = (row >= first.unsqueeze(1)).unsqueeze(-1)
+    return torch.where(real, F.pad(steps[row.clamp(min=0)], (0, 1), value=1.0), 0.0)
 
 
-def steps_left(last):
-    """-> (N,) how many steps there are from each to the end of its episode, itself included."""
-    ends = last.nonzero().flatten()
-    return ends[last.cumsum(0) - last.long()] - torch.arange(len(last), device=last.device) + 1
+def sequence_loss(log_prob, entropy, real, temperature):
+    """-E[ log pi(a_t | R_.., s_.., a_..) ] - temperature E[ entropy ] over the steps that are no padding.
+    log_prob, entropy, real (B, K), nats -> scalar, and the two means."""
+    log_prob, entropy = ((x * real).sum() / real.sum() for x in (log_prob, entropy))
+    return -log_prob - temperature * entropy, log_prob, entropy
 
 
-def make_update(args, nets, optimizers):
-    """-> update(windows (B, T, 1 + O + A + 1), noise (B, T, A), rate), which changes `nets` in place and returns
-    detached numbers, and loss(windows, noise), (nll, entropy) without a change. rate, a tensor, multiplies the learning
-    rate."""
-    model, log_temperature = nets["actor"], nets["log_temperature"][0]
-
-    def likelihood(windows, noise):
-        steps, real = windows[..., :-1], windows[..., -1]
-        mean, log_std = model(steps)
-        action = steps[..., -mean.shape[-1] :].clamp(-1 + 1e-6, 1 - 1e-6)
-        log_prob = squashed_log_prob(mean, log_std, torch.atanh(action))
-        return log_prob, -squashed_log_prob(mean, log_std, mean + log_std.exp() * noise), real
-
-    def update(windows, noise, rate):
-        log_prob, entropy, real = likelihood(windows, noise)
-        temperature = log_temperature.detach().exp()
-        loss = sequence_loss(log_prob, entropy, temperature, real)
-        optimizers["actor"].minimize(loss, rate)
-        entropy = (entropy.detach() * real).sum() / real.sum()
-        optimizers["log_temperature"].minimize(log_temperature.exp() * (entropy + noise.shape[-1]))  # target: -A nats
-        return numbers(loss=loss, entropy=entropy, temperature=temperature)
-
-    def held_out_loss(windows, noise):
-        log_prob, entropy, real = likelihood(windows, noise)
-        return sequence_loss(log_prob, entropy, 0.0, real)
-
-    return update, held_out_loss
+def temperature_loss(log_temperature, entropy, target):
+    """temperature (entropy - target): the temperature rises while the entropy, in nats, is below its target."""
+    return log_temperature.exp() * (entropy - target)
 
 
-def held_out(last, share=0.05):
-    """-> (N,) is this transition one of the last `share` of the episodes, at least one? last (N,): ends of episodes."""
-    episode = last.cumsum(0) - last.long()
-    count = int(episode[-1]) + 1
-    return episode >= count - max(1, round(share * count)) if count > 1 else torch.zeros_like(last)
+def make_update(args, nets, optimizers, steps, act_dim):
+    """-> update(spans (B, 2) first and last row of each window, noise (B, K, A), scale of the learning rate), which
+    writes the transformer and the temperature, and returns detached numbers. steps (N, 1 + O + A)."""
+    actor, log_temperature = nets["actor"], nets["log_temperature"][0]
+
+    def update(spans, noise, scale):
+        batch = windows(steps, *spans.unbind(1), args.window)
+        action, real = batch[..., -1 - act_dim : -1], batch[..., -1]
+        mean, log_std = actor(batch)
+        log_prob = squashed_log_prob(mean, log_std, torch.atanh(action.clamp(-1 + 1e-6, 1 - 1e-6)))
+        entropy = -squashed_log_prob(mean, log_std, mean + log_std.exp() * noise)
+        loss, log_prob, entropy = sequence_loss(log_prob, entropy, real, log_temperature.detach().exp())
+        optimizers["actor"].minimize(loss, scale)
+        optimizers["temperature"].minimize(temperature_loss(log_temperature, entropy.detach(), -act_dim))
+        return numbers(loss=loss, log_prob=log_prob, entropy=entropy, temperature=log_temperature.exp())
+
+    return update
 
 
 def train_offline(args, run, stage, steps, update, rows, shape, check, extra=lambda step: ()):
@@ -178,74 +159,128 @@ def train_offline(args, run, stage, steps, update, rows, shape, check, extra=lam
 
 
 def train(args, run, data):
-    """Maximum likelihood on windows of the data, from scratch; the last twentieth of the episodes is held out."""
-    device, (mean, _) = data.rows.device, observation_stats(data)
-    obs, action, reward = data.split(data.rows)[:3]
-    stats = mean, obs.cpu().std(0) + 1e-6
-    steps, left = torch.cat([returns_to_go(reward, data.last)[:, None], obs, action], dim=1), steps_left(data.last)
-    out, places = held_out(data.last), torch.arange(len(steps), device=device)
-    windows = Windows(steps, left, places[~out], args.window)
-    rest = Windows(steps, left, places[out if out.any() else ~out], args.window)
-    if args.target_return is None:
-        args.target_return = steps[data.last.roll(1), 0].max().item()  # of the first steps of all episodes
+    """Updates of the transformer, from scratch."""
+    device, stats, (obs, action, reward, *_) = data.rows.device, observation_stats(data), data.split(data.rows)
     torch.manual_seed(args.seed)
-    sizes = {"width": args.width, "num_layers": args.num_layers, "num_heads": args.num_heads}
-    nets = {"actor": DecisionTransformer(*stats, data.act_dim, **sizes, scale=args.return_scale, bf16=args.bf16)}
-    nets["log_temperature"] = nn.ParameterList([torch.tensor(math.log(args.temperature))])
-    nets = {name: net.to(device) for name, net in nets.items()}
-    optimizers = {"actor": Adam(nets["actor"].parameters(), args.learning_rate, max_norm=0.25)}
-    optimizers["log_temperature"] = Adam(nets["log_temperature"].parameters(), args.temperature_lr)
+    actor = DecisionTransformer(*stats, data.act_dim, [args.hidden] * args.layers, args.heads, args.bf16)
+    log_temperature = nn.ParameterList([torch.tensor(math.log(args.temperature))])
+    nets = {"actor": actor.to(device), "log_temperature": log_temperature.to(device)}
+    optimizers = {"actor": Adam(actor.parameters(), args.learning_rate, max_norm=args.max_norm)}
+    optimizers["temperature"] = Adam(log_temperature.parameters(), args.temperature_lr)
     run.restore(nets, optimizers, torch.Generator(device).manual_seed(args.seed))
-    update, loss = make_update(args, nets, optimizers)
-    envs = [data.make_env() for _ in range(args.eval_episodes)]
-    index = torch.randint(len(rest), (512,), generator=torch.Generator().manual_seed(0)).to(device)
-    noise = torch.randn(512, args.window, data.act_dim, generator=torch.Generator().manual_seed(0)).to(device)
-
-    def check():
-        """The loss on held-out episodes, and the score."""
-        with torch.no_grad():
-            value = loss(rest[index], noise).item()
-        seed = 100_000_000 + 1_000_000 * args.seed
-        returns = roll_out(nets["actor"], envs, seed, device, args.target_return, args.context)
-        return {"held_out_loss": value, "score": data.score(returns.mean())}
-
-    grow = torch.arange(1, args.updates + 1, device=device) / max(1, args.warm_up_updates)
-    rate, shape = grow.clamp(max=1.0), (args.batch_size, args.window, data.act_dim)
-    update = compile_update(update, args)
-    train_offline(args, run, "offline", args.updates, update, windows, shape, check, lambda step: (rate[step - 1],))
-    policy = {"kind": KIND, **sizes, "context": args.context, "target_return": args.target_return}
-    finish_transformer(args, run, data, envs, policy)
+    left, (first, end) = rewards_left(reward, data.last), borders(data.last)
+    target = float(left[first].max()) if args.target_return is None else args.target_return
+    steps, rows = torch.cat([args.rtg_scale * left.unsqueeze(1), obs, action], dim=1), torch.arange(len(left)).to(end)
+    spans = torch.stack([rows, torch.minimum(rows + args.window - 1, end)], dim=1)  # a window begins at any step
+    update = compile_update(make_update(args, nets, optimizers, steps, data.act_dim), args)
+    envs = [History(data.make_env(), args.context, target, args.rtg_scale) for _ in range(args.eval_episodes)]
+    count = torch.arange(args.updates, device=device)
+    rate = 0.5 * (1 + torch.cos(math.pi * count / args.updates)) * ((count + 1) / (args.warm_up + 1)).clamp(max=1)
+    score, scale_at = partial(score_policy, args, run, data, envs), lambda step: (rate[step - 1],)
+    shape = args.batch_size, args.window, data.act_dim
+    train_offline(args, run, "offline", args.updates, update, spans, shape, score, scale_at)
+    policy = {"kind": KIND, "hidden": [args.hidden] * args.layers, "heads": args.heads, "context": args.context}
+    finish(args, run, data, envs, policy=policy | {"target_return": target, "rtg_scale": args.rtg_scale})
 
 
-def finish_transformer(args, run, data, envs, policy):
-    """The closing score over 50 episodes, and the checkpoint: plain tensors, numbers and strings."""
-    actor, progress, scores = run.nets["actor"], run.progress, []
-    for seed in range(200_000_000 + 1_000_000 * args.seed, 10**12, len(envs)):
-        returns = roll_out(actor, envs, seed, data.rows.device, args.target_return, args.context)
-        scores += [data.score(x) for x in returns]
-        if len(scores) >= CLOSING_EPISODES:
-            break
-    progress["closing_score"] = float(np.mean(scores))
-    progress["closing_error"] = float(np.std(scores) / math.sqrt(len(scores)))
-    origin = {"format": 1, "algorithm": ALGORITHM, "env_id": args.env_id, "dataset": data.name, "policy": policy}
-    weights = {"actor": {key: value.cpu() for key, value in actor.state_dict().items()}}
-    flags = {key: value for key, value in asdict(args).items() if key not in ("output", "run_dir", "resume")}
-    last = {"step": args.updates, "score": progress["closing_score"], "args": flags, "versions": versions()}
-    save_file({**origin, **weights, **last}, Path(args.output))
-
-
-ALGORITHM, KIND, CLOSING_EPISODES = "dt", "decision_transformer", 50  # this script, its policy class
+ALGORITHM, KIND = "dt", "decision_transformer"  # this script, and its policy class
 RANGES = {
+    (1e-9, 10**9): "rtg_scale",
     (-(10**9), 10**9): "target_return",
     (0, 1): "learning_rate temperature_lr",
-    (0, 10**9): "seed updates warm_up_updates",
+    (0, 10**9): "seed updates warm_up",
     (1, 10**9): "eval_every_updates eval_episodes batch_size",
-    (1, 1024): "num_threads num_layers num_heads window context",
-    (1, 8192): "width",
-    (1e-9, 10**9): "temperature return_scale",
+    (1, 1024): "num_threads window context hidden heads",
+    (1, 64): "layers",
+    (1e-9, 1000): "max_norm temperature",
 }
 RESUMABLE = "updates compile num_threads track wandb_project_name wandb_entity"
 PRIVATE = "stage step"  # of a run's progress, not in summary.json
+
+
+class History(gym.Wrapper):
+    """Observes the last `length` steps of the episode, as `windows` has them but flat, so that a policy of histories is
+    a plain function of what it observes. The return that is asked for falls by every reward, and the action of the
+    current step is still 0."""
+
+    def __init__(self, env, length, target_return, rtg_scale):
+        super().__init__(env)
+        (self.obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
+        self.steps, self.target, self.scale = np.zeros((length, self.obs_dim + act_dim + 2)), target_return, rtg_scale
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (self.steps.size,), np.float64)
+
+    def remember(self, obs):
+        self.steps[:-1], self.steps[-1] = self.steps[1:].copy(), 0
+        self.steps[-1, 0], self.steps[-1, 1 : 1 + self.obs_dim], self.steps[-1, -1] = self.scale * self.left, obs, 1
+        return self.steps.flatten()
+
+    def reset(self, **options):
+        obs, info = self.env.reset(**options)
+        self.steps[:], self.left = 0, self.target
+        return self.remember(obs), info
+
+    def step(self, action):
+        obs, reward, *rest = self.env.step(action)
+        self.steps[-1, 1 + self.obs_dim : -1], self.left = action, self.left - reward
+        return self.remember(obs), reward, *rest
+
+
+class Block(nn.Module):
+    """Attention, then two layers, each added to its input after a normalisation: a block of GPT-2."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1, self.norm2, self.heads = nn.LayerNorm(width), nn.LayerNorm(width), heads
+        self.attention = nn.Linear(
+            width, 3 * width, bias=False
+        )  # softmax ignores a key's: Adam would inflate its noise
+        self.projection = nn.Linear(width, width)
+        self.net = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width))
+
+    def forward(self, x, seen):
+        """(B, T, W) -> the same; seen (B, 1, T, T): which token looks at which."""
+        query, key, value = self.attention(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        scores = (query / math.sqrt(key.shape[-1]) @ key.mT).masked_fill(~seen, -math.inf)
+        mixed = (
+            scores.softmax(-1) @ value
+        )  # on a CPU F.scaled_dot_product_attention's backward pass is ten times slower
+        x = x + self.projection(mixed.transpose(1, 2).flatten(2))
+        return x + self.net(self.norm2(x))
+
+
+class DecisionTransformer(nn.Module):
+    """pi(a_t | R, s up to t, a before t) = tanh(N(mean, std^2)). No token says where it stands: the order shows in what
+    it may look at."""
+
+    def __init__(self, obs_mean, obs_std, act_dim, hidden, heads, bf16=False):
+        super().__init__()
+        self.register_buffer("obs_mean", obs_mean.clone())
+        self.register_buffer("obs_std", obs_std.clone())
+        self.sizes, self.bf16 = [1, len(obs_mean), act_dim], bf16
+        self.embeddings = nn.ModuleList(nn.Linear(size, hidden[0]) for size in self.sizes)
+        self.blocks = nn.ModuleList(Block(width, heads) for width in hidden)
+        self.norms, self.head = nn.ModuleList(nn.LayerNorm(hidden[0]) for _ in "12"), nn.Linear(hidden[0], 2 * act_dim)
+        nn.init.orthogonal_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, steps):
+        """(B, K, O + A + 2) steps as `windows` has them -> mean and log_std of u, (B, K, A), a = tanh(u)."""
+        rtg, obs, action, real = steps.split([*self.sizes, 1], dim=-1)
+        inputs, length = (rtg, (obs - self.obs_mean) / self.obs_std, action), 3 * steps.shape[1]
+        with torch.autocast(steps.device.type, torch.bfloat16, enabled=self.bf16):
+            tokens = [embed(x) for embed, x in zip(self.embeddings, inputs, strict=True)]
+            x = self.norms[0](torch.stack(tokens, dim=2).flatten(1, 2))  # R_1, s_1, a_1, R_2, ...
+            near = torch.ones(length, length, dtype=torch.bool, device=x.device)
+            seen = near.tril() & (real.bool().repeat_interleave(3, 1).mT | near.tril().triu())  # itself: never nothing
+            for block in self.blocks:
+                x = block(x, seen.unsqueeze(1))
+            x = self.norms[1](x[:, 1::3])
+        mean, log_std = self.head(x.float()).chunk(2, dim=-1)
+        return mean, -5 + 3.5 * (torch.tanh(log_std) + 1)
+
+    def mode(self, steps):
+        """(B, K (O + A + 2)) what History observes -> tanh of the mean (B, A), the action that evaluation executes."""
+        return torch.tanh(self(steps.unflatten(-1, (-1, sum(self.sizes) + 1)))[0][:, -1])
 
 
 def squashed_log_prob(mean, log_std, u):
@@ -256,75 +291,6 @@ def squashed_log_prob(mean, log_std, u):
     Takes u and not a: atanh(a) is not finite where tanh rounds to 1."""
     normal = -0.5 * ((u - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
     return (normal - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)
-
-
-class Block(nn.Module):
-    """Attention to earlier tokens and a ReLU layer, both residual: (B, T, H) -> (B, T, H)."""
-
-    def __init__(self, width, num_heads):
-        super().__init__()
-        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
-        self.qkv, self.out, self.num_heads = nn.Linear(width, 3 * width), nn.Linear(width, width), num_heads
-        self.wide = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width))
-
-    def forward(self, x):
-        q, k, v = self.qkv(self.norms[0](x)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # CPUs are slow at the others in bf16
-            x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-        return x + self.wide(self.norms[1](x))
-
-
-class DecisionTransformer(nn.Module):
-    """a_t = tanh(u), u ~ N(mean, std^2), both functions of R_1 s_1 a_1 ... R_t s_t. A token sees those before it and
-    knows no position, as in ODT; so padding after a sequence changes nothing in it."""
-
-    def __init__(self, obs_mean, obs_std, act_dim, width, num_layers, num_heads, scale=1.0, bf16=False):
-        super().__init__()
-        self.register_buffer("obs_mean", obs_mean.clone())
-        self.register_buffer("obs_std", obs_std.clone())
-        self.register_buffer("return_scale", torch.tensor(scale))
-        self.sizes, self.bf16 = [1, len(obs_mean), act_dim], bf16
-        self.embeddings = nn.ModuleList([nn.Linear(size, width) for size in self.sizes])
-        self.blocks = nn.ModuleList([Block(width, num_heads) for _ in range(num_layers)])
-        self.norms, self.head = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)]), nn.Linear(width, 2 * act_dim)
-        nn.init.orthogonal_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, steps):
-        """steps (B, T, 1 + O + A): return-to-go, observation, action, all raw -> mean and log_std (B, T, A) of u. The
-        last action is not looked at."""
-        to_go, obs, action = steps.split(self.sizes, dim=-1)
-        inputs = to_go * self.return_scale, (obs - self.obs_mean) / self.obs_std, action
-        tokens = [embed(x) for embed, x in zip(self.embeddings, inputs, strict=True)]
-        x = self.norms[0](torch.stack(tokens, dim=2).flatten(1, 2))
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            for block in self.blocks:
-                x = block(x)
-        mean, spread = self.head(self.norms[1](x[:, 1::3].float())).chunk(2, dim=-1)  # at the observations' tokens
-        return mean, -5 + 3.5 * (torch.tanh(spread) + 1)
-
-
-@torch.no_grad()
-def roll_out(model, envs, seed, device, target_return, context, watch=lambda: None):
-    """One episode in each of the n `envs`, all at once, with the most likely actions of a policy that reads the latest
-    `context` steps and is asked for target_return, of which each reward is taken off. `watch` is called before every
-    step. -> raw returns (n,)."""
-    n, alive, returns, length = len(envs), np.arange(len(envs)), np.zeros(len(envs)), 0
-    obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
-    history = torch.zeros(n, context, sum(model.sizes), device=device)
-    while len(alive):
-        watch()
-        history, length = history.roll(-1, dims=1), min(length + 1, context)
-        now = np.column_stack([target_return - returns, obs, np.zeros((n, model.sizes[-1]))])
-        history[:, -1] = torch.as_tensor(now, dtype=torch.float32, device=device)
-        actions = torch.tanh(model(history[alive, -length:])[0][:, -1])
-        history[alive, -1, -model.sizes[-1] :], over = actions, []
-        for i, action in zip(alive, actions.cpu().numpy(), strict=True):
-            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
-            returns[i] += reward
-            over += [i] if terminated or truncated else []
-        alive = np.setdiff1d(alive, over)
-    return returns
 
 
 class Adam:
@@ -481,6 +447,59 @@ def observation_stats(data):
     """-> mean and std + 1e-3 of the data's observations, (O,) each; they travel in the checkpoint."""
     obs = data.split(data.rows)[0].cpu()
     return obs.mean(0), obs.std(0) + 1e-3
+
+
+@torch.no_grad()
+def evaluate(policy, envs, seed, device, gamma=1.0, alpha=0.0, scale=1.0, bias=0.0):
+    """One episode in each of the n `envs`, all at once; `policy` maps obs (n, O) and noise (n, A) to actions (n, A) and
+    their log_prob (n,). Start states and noise come from `seed` alone: no random number of training is drawn. -> raw
+    returns (n,), sums of gamma^t (scale r + bias - alpha log_prob) (n,), and the environment steps of all episodes."""
+    generator, alive, steps, discount = torch.Generator().manual_seed(seed), np.arange(len(envs)), 0, 1.0
+    obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
+    returns, discounted = np.zeros(len(envs)), np.zeros(len(envs))
+    while len(alive):
+        noise = torch.randn(len(envs), *envs[0].action_space.shape, generator=generator)[alive].to(device)
+        actions, log_prob = policy(torch.as_tensor(obs[alive], dtype=torch.float32, device=device), noise)
+        actions, bonus, over = actions.cpu().numpy(), -alpha * log_prob.cpu().numpy(), []
+        for i, action, extra in zip(alive, actions, bonus, strict=True):
+            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
+            returns[i], discounted[i] = returns[i] + reward, discounted[i] + discount * (scale * reward + bias + extra)
+            over += [i] if terminated or truncated else []
+        steps, alive, discount = steps + len(alive), np.setdiff1d(alive, over), discount * gamma
+    return returns, discounted, steps
+
+
+def mode_of(policy):
+    """The policy that executes the most likely action, for evaluate."""
+    return lambda obs, noise: (policy.mode(obs), torch.zeros(len(obs)))
+
+
+def score_policy(args, run, data, envs):
+    """-> {"score"} of the policy's mode, from the same start states in every evaluation of a run."""
+    seed = 100_000_000 + 1_000_000 * args.seed
+    return {"score": data.score(evaluate(mode_of(run.nets["actor"]), envs, seed, data.rows.device)[0].mean())}
+
+
+def closing_score(args, policy, data, envs, episodes=50):
+    """-> the score over `episodes` or a few more, from start states that no other evaluation sees, and the standard
+    error of that mean."""
+    seeds = range(200_000_000 + 1_000_000 * args.seed, 10**12, len(envs))[: -(-episodes // len(envs))]
+    returns = np.concatenate([evaluate(mode_of(policy), envs, seed, data.rows.device)[0] for seed in seeds])
+    scores = np.array([data.score(x) for x in returns])
+    return float(scores.mean()), float(scores.std() / math.sqrt(len(scores)))
+
+
+def finish(args, run, data, envs, **more):
+    """The closing score, and the checkpoint that fine-tuning loads: plain tensors, numbers and strings; `more` of it
+    than the policy."""
+    actor, progress = run.nets["actor"], run.progress
+    score, progress["closing_error"] = closing_score(args, actor, data, envs)
+    progress["closing_score"] = score
+    origin = {"format": 1, "algorithm": ALGORITHM, "env_id": args.env_id, "dataset": data.name}
+    weights = {"actor": {key: value.cpu() for key, value in actor.state_dict().items()}}
+    flags = {key: value for key, value in asdict(args).items() if key not in ("output", "run_dir", "resume")}
+    numbers = {"step": args.updates, "score": score, "args": flags, "versions": versions()}
+    save_file({**origin, **weights, **more, **numbers}, Path(args.output))
 
 
 def check_output(args, default):
@@ -698,8 +717,8 @@ def main(args: Args):
     torch.set_num_threads(args.num_threads)
     if args.cuda and not torch.cuda.is_available():
         raise UserError("--cuda was asked for but torch sees no CUDA device; leave it out to run on the CPU")
-    if args.width % args.num_heads:
-        raise UserError(f"--width {args.width} is not a multiple of --num-heads {args.num_heads}")
+    if args.hidden % args.heads:
+        raise UserError(f"--hidden is {args.hidden}; it has to be a multiple of --heads, {args.heads}")
     check_output(args, "dt.pt")
     run = Run(args, {"stage": "offline", "step": 0, "closing_score": None, "updates_per_second": {}})
     data, status = load_data(args, torch.device("cuda" if args.cuda else "cpu")), "failed"

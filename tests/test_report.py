@@ -44,7 +44,7 @@ def test_the_score_of_a_policy_is_the_mean_of_its_episodes(tmp_path, minari_stor
     assert score["score"] == pytest.approx(90, abs=4) and 0 < score["error"] < 3
     assert json.loads((tmp_path / "scores.json").read_text())["policies"] == found
     data = enjoy.load_data(enjoy.Args(env_id=TASK), torch.device("cpu"))
-    assert enjoy.load_mode(paths[1], data)(torch.zeros(2, 11)).shape == (2, 3)
+    assert enjoy.load_mode(paths[1], data)[0](torch.zeros(2, 11)).shape == (2, 3)
 
 
 def test_interquartile_mean_and_its_interval():

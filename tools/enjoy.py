@@ -10,11 +10,13 @@ it already is not evaluated again.
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
 import zipfile
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +29,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from minari.storage.datasets_root_dir import get_dataset_path
+from torch import nn
 from tqdm import tqdm
 
 
@@ -68,24 +71,138 @@ def mode_from(saved):
 
 
 def load_mode(path, data):
-    """-> mode_from the checkpoint at `path`, tried on one observation. Raises UserError if it does not fit the data."""
-    saved = load_file(path)
+    """-> mode_from the checkpoint at `path`, tried on one observation, and the function that makes an environment show
+    what this policy looks at: a Decision Transformer its history, others the environment's observation. Raises
+    UserError if it does not fit the data."""
+    saved, obs, wrap = load_file(path), torch.zeros(1, data.obs_dim), lambda env: env
     try:
-        mode = mode_from(saved)
-        actions = mode(torch.zeros(1, data.obs_dim))
+        if saved["policy"]["kind"] == "decision_transformer":
+            net, wrap = transformer_from(saved, data.obs_dim, data.act_dim)
+            mode, obs = net.mode, torch.zeros(1, saved["policy"]["context"] * (data.obs_dim + data.act_dim + 2))
+        else:
+            mode = mode_from(saved)
+        actions = mode(obs)
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, IndexError) as error:
         sizes = f"{data.obs_dim} observations and {data.act_dim} actions"
         raise UserError(f"{path} holds no policy for {sizes} ({type(error).__name__}: {error})") from error
     if actions.shape != (1, data.act_dim) or not actions.isfinite().all():
         raise UserError(f"{path} gives actions of shape {tuple(actions.shape)}, {data.name} has {data.act_dim} of them")
-    return mode
+    return mode, wrap
 
 
-def film(mode, data, path, seed):
+class History(gym.Wrapper):
+    """Observes the last `length` steps of the episode, as `windows` has them but flat, so that a policy of histories is
+    a plain function of what it observes. The return that is asked for falls by every reward, and the action of the
+    current step is still 0."""
+
+    def __init__(self, env, length, target_return, rtg_scale):
+        super().__init__(env)
+        (self.obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
+        self.steps, self.target, self.scale = np.zeros((length, self.obs_dim + act_dim + 2)), target_return, rtg_scale
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (self.steps.size,), np.float64)
+
+    def remember(self, obs):
+        self.steps[:-1], self.steps[-1] = self.steps[1:].copy(), 0
+        self.steps[-1, 0], self.steps[-1, 1 : 1 + self.obs_dim], self.steps[-1, -1] = self.scale * self.left, obs, 1
+        return self.steps.flatten()
+
+    def reset(self, **options):
+        obs, info = self.env.reset(**options)
+        self.steps[:], self.left = 0, self.target
+        return self.remember(obs), info
+
+    def step(self, action):
+        obs, reward, *rest = self.env.step(action)
+        self.steps[-1, 1 + self.obs_dim : -1], self.left = action, self.left - reward
+        return self.remember(obs), reward, *rest
+
+
+class Block(nn.Module):
+    """Attention, then two layers, each added to its input after a normalisation: a block of GPT-2."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1, self.norm2, self.heads = nn.LayerNorm(width), nn.LayerNorm(width), heads
+        self.attention = nn.Linear(
+            width, 3 * width, bias=False
+        )  # softmax ignores a key's: Adam would inflate its noise
+        self.projection = nn.Linear(width, width)
+        self.net = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width))
+
+    def forward(self, x, seen):
+        """(B, T, W) -> the same; seen (B, 1, T, T): which token looks at which."""
+        query, key, value = self.attention(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        scores = (query / math.sqrt(key.shape[-1]) @ key.mT).masked_fill(~seen, -math.inf)
+        mixed = (
+            scores.softmax(-1) @ value
+        )  # on a CPU F.scaled_dot_product_attention's backward pass is ten times slower
+        x = x + self.projection(mixed.transpose(1, 2).flatten(2))
+        return x + self.net(self.norm2(x))
+
+
+class DecisionTransformer(nn.Module):
+    """pi(a_t | R, s up to t, a before t) = tanh(N(mean, std^2)). No token says where it stands: the order shows in what
+    it may look at."""
+
+    def __init__(self, obs_mean, obs_std, act_dim, hidden, heads, bf16=False):
+        super().__init__()
+        self.register_buffer("obs_mean", obs_mean.clone())
+        self.register_buffer("obs_std", obs_std.clone())
+        self.sizes, self.bf16 = [1, len(obs_mean), act_dim], bf16
+        self.embeddings = nn.ModuleList(nn.Linear(size, hidden[0]) for size in self.sizes)
+        self.blocks = nn.ModuleList(Block(width, heads) for width in hidden)
+        self.norms, self.head = nn.ModuleList(nn.LayerNorm(hidden[0]) for _ in "12"), nn.Linear(hidden[0], 2 * act_dim)
+        nn.init.orthogonal_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, steps):
+        """(B, K, O + A + 2) steps as `windows` has them -> mean and log_std of u, (B, K, A), a = tanh(u)."""
+        rtg, obs, action, real = steps.split([*self.sizes, 1], dim=-1)
+        inputs, length = (rtg, (obs - self.obs_mean) / self.obs_std, action), 3 * steps.shape[1]
+        with torch.autocast(steps.device.type, torch.bfloat16, enabled=self.bf16):
+            tokens = [embed(x) for embed, x in zip(self.embeddings, inputs, strict=True)]
+            x = self.norms[0](torch.stack(tokens, dim=2).flatten(1, 2))  # R_1, s_1, a_1, R_2, ...
+            near = torch.ones(length, length, dtype=torch.bool, device=x.device)
+            seen = near.tril() & (real.bool().repeat_interleave(3, 1).mT | near.tril().triu())  # itself: never nothing
+            for block in self.blocks:
+                x = block(x, seen.unsqueeze(1))
+            x = self.norms[1](x[:, 1::3])
+        mean, log_std = self.head(x.float()).chunk(2, dim=-1)
+        return mean, -5 + 3.5 * (torch.tanh(log_std) + 1)
+
+    def mode(self, steps):
+        """(B, K (O + A + 2)) what History observes -> tanh of the mean (B, A), the action that evaluation executes."""
+        return torch.tanh(self(steps.unflatten(-1, (-1, sum(self.sizes) + 1)))[0][:, -1])
+
+
+def transformer_from(saved, obs_dim, act_dim):
+    """-> the Decision Transformer in a checkpoint, and the function that makes an environment show it its history.
+    Raises ValueError, TypeError or KeyError if it does not fit observations and actions of these sizes."""
+    policy, state = saved["policy"], saved["actor"]
+    hidden, heads, context = list(policy["hidden"]), policy["heads"], policy["context"]
+    if not all(type(x) is int and 0 < x <= 1024 for x in (heads, context, *hidden)) or not 0 < len(hidden) <= 64:
+        raise ValueError("absurd sizes")
+    if len(set(hidden)) > 1 or hidden[0] % heads:
+        raise ValueError("its blocks differ in width, or have no whole number of heads")
+    options = {"length": context, **{key: float(policy[key]) for key in ("target_return", "rtg_scale")}}
+    if not math.isfinite(options["target_return"] * options["rtg_scale"]):
+        raise ValueError("the return that it asks for is not finite")
+    with torch.device("meta"):  # takes no memory before the sizes are known to be those of the file
+        net = DecisionTransformer(torch.empty(obs_dim), torch.empty(obs_dim), act_dim, hidden, heads)
+    shapes, found = ({key: x.shape for key, x in weights.items()} for weights in (net.state_dict(), state))
+    if shapes != found or {x.dtype for x in state.values()} != {torch.float32}:
+        raise ValueError("its weights do not fit its sizes")
+    if not all(x.isfinite().all() for x in state.values()) or (state["obs_std"] <= 0).any():
+        raise ValueError("it holds weights that are not finite, or a std that is not positive")
+    net.load_state_dict(state, assign=True)
+    return net.requires_grad_(False), partial(History, **options)
+
+
+def film(mode, wrap, data, path, seed):
     """One episode as a film. Raises UserError if this machine cannot render."""
     frames = []
     try:
-        env = data.source.recover_environment(render_mode="rgb_array")
+        env = wrap(data.source.recover_environment(render_mode="rgb_array"))
         obs, done = env.reset(seed=seed)[0], False
         bar = tqdm(desc="film", unit="frame", disable=None)  # without a GPU a frame takes a fifth of a second
         while not done:
@@ -270,10 +387,10 @@ def main(args: Args):
             continue
         if task not in data:
             data[task] = load_data(Args(env_id=task, dataset=args.dataset), device)
-        mode = load_mode(path, data[task])
+        mode, wrap = load_mode(path, data[task])
         if args.video:
-            film(mode, data[task], args.video, args.seed)
-        envs, scores = [data[task].make_env() for _ in range(min(10, args.episodes))], []
+            film(mode, wrap, data[task], args.video, args.seed)
+        envs, scores = [wrap(data[task].make_env()) for _ in range(min(10, args.episodes))], []
         policy = lambda obs, _, mode=mode: (mode(obs), torch.zeros(len(obs)))  # noqa: E731
         while len(scores) < args.episodes:
             seed = 300_000_000 + 1_000_000 * args.seed + len(scores)
