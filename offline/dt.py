@@ -231,9 +231,7 @@ class Block(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.norm1, self.norm2, self.heads = nn.LayerNorm(width), nn.LayerNorm(width), heads
-        self.attention = nn.Linear(
-            width, 3 * width, bias=False
-        )  # softmax ignores a key's: Adam would inflate its noise
+        self.attention = nn.Linear(width, 3 * width, bias=False)  # of a key, Adam would inflate mere rounding errors
         self.projection = nn.Linear(width, width)
         self.net = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width))
 
@@ -241,9 +239,7 @@ class Block(nn.Module):
         """(B, T, W) -> the same; seen (B, 1, T, T): which token looks at which."""
         query, key, value = self.attention(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         scores = (query / math.sqrt(key.shape[-1]) @ key.mT).masked_fill(~seen, -math.inf)
-        mixed = (
-            scores.softmax(-1) @ value
-        )  # on a CPU F.scaled_dot_product_attention's backward pass is ten times slower
+        mixed = scores.softmax(-1) @ value  # F.scaled_dot_product_attention's backward pass is ten times slower on CPUs
         x = x + self.projection(mixed.transpose(1, 2).flatten(2))
         return x + self.net(self.norm2(x))
 

@@ -10,6 +10,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "offline"), str(ROOT / "benchmark"), str(R
 import bc  # noqa: E402
 import collect  # noqa: E402
 import cql  # noqa: E402
+import dt  # noqa: E402
 import gymnasium as gym  # noqa: E402
 import iql  # noqa: E402
 import lapo  # noqa: E402
@@ -28,7 +29,24 @@ from baselines import awac, cal_ql, pex, rlpd, wsrl  # noqa: E402
 from baselines import iql as iql_online  # noqa: E402
 
 torch.set_num_threads(1)
-for module in (bc, cql, iql, lapo, td3_bc, o2o_sac, o2o_td3, o2o_ppo, o3f, rlpd, wsrl, cal_ql, pex, awac, iql_online):
+for module in (
+    bc,
+    cql,
+    dt,
+    iql,
+    lapo,
+    td3_bc,
+    o2o_sac,
+    o2o_td3,
+    o2o_ppo,
+    o3f,
+    rlpd,
+    wsrl,
+    cal_ql,
+    pex,
+    awac,
+    iql_online,
+):
     module.closing_score = partial(module.closing_score, episodes=1)  # 50 are for people
 TASK = "hopper-medium-v2"
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, fields
 
 import bc
 import cql
+import dt
 import enjoy
 import h5py
 import iql
@@ -160,7 +161,7 @@ def test_what_is_no_checkpoint_at_all(tmp_path, content):
         o2o_sac.load_file(path)
 
 
-SCRIPTS = [o2o_sac, o2o_td3, o2o_ppo, o3f, cql, td3_bc, iql, lapo, bc]
+SCRIPTS = [o2o_sac, o2o_td3, o2o_ppo, o3f, cql, td3_bc, iql, lapo, bc, dt]
 
 
 def finished_run(module, policies, folder):
@@ -211,9 +212,7 @@ def test_mutated_run_folders(module, policies, tmp_path, monkeypatch, capsys):
     assert refused > RUN_FOLDERS / 3
 
 
-@pytest.mark.parametrize(
-    "module", [o2o_sac, o2o_td3, o2o_ppo, o3f, cql, td3_bc, iql, lapo, bc], ids=lambda m: m.__name__
-)
+@pytest.mark.parametrize("module", SCRIPTS, ids=lambda module: module.__name__)
 @pytest.mark.parametrize("value", ["-1", "0", "nan", "1e9", "inf", "-1e9"])
 def test_every_flag_at_its_worst(module, value, capsys):
     """Refused as no number or as out of range, or a number that its range allows."""
