@@ -224,10 +224,8 @@ def train_online(args, run, update, data, floor, score):
     each of its steps. The environment receives exactly the action that the buffer stores. floor (N,): G of the data."""
     progress, actor, generator, device = run.progress, run.nets["actor"], run.generator, data.rows.device
     env, obs, buffer, first = online_start(args, run, data)
-    floor, offline = (
-        torch.cat([floor, floor.new_zeros(args.online_steps)]),
-        round(args.offline_fraction * args.batch_size),
-    )
+    floor = torch.cat([floor, floor.new_zeros(args.online_steps)])
+    offline = round(args.offline_fraction * args.batch_size)
     shape, seconds, count, values = (3 * args.cql_actions + 1, args.batch_size, data.act_dim), 0.0, 0, {}
 
     def finish_episode(start, end):
@@ -282,8 +280,8 @@ def train(args, run, data, saved):
     critics = CqlCritics(*stats, data.act_dim, sizes["critics"], bf16=args.bf16)
     nets = {"actor": SquashedGaussianActor(*stats, data.act_dim, sizes["actor"], args.bf16), "critics": critics}
     nets |= {"targets": deepcopy(critics), "log_alpha": nn.ParameterList([torch.tensor(0.0)])}
-    nets = warm_start(args.checkpoint, saved, nets)
     nets["log_weight"] = nn.ParameterList([torch.tensor(1.0)])  # of --target-gap, which starts at e
+    nets = warm_start(args.checkpoint, saved, nets)
     nets = {name: net.to(device) for name, net in nets.items()}
     rates = {"actor": args.policy_lr, "log_alpha": args.policy_lr}
     rates |= {"critics": args.critic_lr, "log_weight": args.critic_lr}
@@ -299,14 +297,12 @@ def train(args, run, data, saved):
     if progress["stage"] == "offline":
         if saved is None:
             rows, strength = torch.cat([data.rows, floor[:, None]], 1), torch.tensor(1.0, device=device)
-            shape = *shape, data.act_dim
-            train_offline(
-                args, run, "offline", args.offline_steps, update, rows, shape, score, lambda step: (strength,)
-            )
+            shape, extra = (*shape, data.act_dim), lambda step: (strength,)
+            train_offline(args, run, "offline", args.offline_steps, update, rows, shape, score, extra)
         progress["offline_score"], progress["offline_error"] = closing_score(args, nets["actor"], data, envs)
         progress["start_score"] = score()["score"]
         print(f"offline policy: score {progress['offline_score']:.1f} +- {progress['offline_error']:.1f}", flush=True)
-        start = whole_checkpoint(args, data, nets, args.offline_steps, progress["offline_score"])
+        start = cal_ql_checkpoint(args, data, nets, args.offline_steps, progress["offline_score"])
         save_file(start, run.dir / "offline.pt")
         run.generator.manual_seed(args.seed)  # the online phase is then the same with --checkpoint
         for optimizer in optimizers.values():
@@ -314,7 +310,8 @@ def train(args, run, data, saved):
         run.enter("online")
     train_online(args, run, update, data, floor, score)
     progress["closing_score"], progress["closing_error"] = closing_score(args, nets["actor"], data, envs)
-    save_file(whole_checkpoint(args, data, nets, args.online_steps, progress["closing_score"]), run.dir / "model.pt")
+    end = cal_ql_checkpoint(args, data, nets, args.online_steps, progress["closing_score"])
+    save_file(end, run.dir / "model.pt")
 
 
 ALGORITHM, KIND = "cal_ql", "squashed_gaussian"  # this script, its policy class
@@ -674,6 +671,12 @@ def whole_checkpoint(args, data, nets, step, score):
     """`checkpoint`, and what a run needs beside it in order to start there."""
     extra = {net: {key: x.cpu() for key, x in nets[net].state_dict().items()} for net in ("targets", "log_alpha")}
     return checkpoint(args, data, nets, step, score) | extra
+
+
+def cal_ql_checkpoint(args, data, nets, step, score):
+    """`whole_checkpoint`, and the multiplier of --target-gap, which goes on from where the pre-training left it."""
+    weight = {key: x.cpu() for key, x in nets["log_weight"].state_dict().items()}
+    return whole_checkpoint(args, data, nets, step, score) | {"log_weight": weight}
 
 
 def checkpoint(args, data, nets, step, score):

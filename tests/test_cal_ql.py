@@ -4,7 +4,6 @@ import json
 import math
 from copy import deepcopy
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -57,25 +56,29 @@ def test_schedules(schedule, values):
     assert found == pytest.approx(values)
 
 
-def test_losses_by_hand():
+@pytest.mark.parametrize("best", [False, True], ids=["one backup", "the best of two"])
+def test_losses_by_hand(monkeypatch, best):
     """The gap of every critic on 2 uniform, 2 own and 2 next actions, of which all but the uniform have the floor."""
-    nets, update, rows, noise = made(tiny("x"))
+    losses, real = [], cal_ql.Adam.minimize
+    monkeypatch.setattr(cal_ql.Adam, "minimize", lambda self, x: losses.append(x.item()) or real(self, x))
+    nets, update, rows, noise = made(tiny("x", max_backup=best))
     actor, critics, targets = (deepcopy(nets[key]) for key in ("actor", "critics", "targets"))
     values = update(rows, noise, torch.tensor(0.5))
     obs, action, reward, next_obs, floor = rows[:, :5], rows[:, 5:7], rows[:, 7], rows[:, 8:13], rows[:, -1]
     with torch.no_grad():
-        scores = []
+        scores, backups = [], []
         for i, state in enumerate([next_obs, next_obs, obs, obs]):
             a, log_prob, _ = actor.sample(state, noise[i])
             scores.append(critics(obs, a).maximum(floor) - log_prob)
-            if i == 0:
-                target = reward + 0.99 * targets(next_obs, a).amin(0)
+            backups += [targets(next_obs, a).amin(0)] if i < 2 else []
         scores += [critics(obs, torch.erf(noise[i] / math.sqrt(2))) + 2 * math.log(2) for i in (4, 5)]
         q = critics(obs, action)
         gap = torch.stack(scores).logsumexp(0) - q
+        target = reward + 0.99 * (torch.maximum(*backups) if best else backups[0])
     assert values["gap"].item() == pytest.approx(gap.mean().item(), rel=1e-4)
     assert values["td_loss"].item() == pytest.approx(((q - target) ** 2).mean(-1).sum().item(), rel=1e-4)
     assert values["cql_weight"].item() == 5  # half of 10
+    assert losses[0] == pytest.approx((((q - target) ** 2).mean(-1) + 5 * gap.mean(-1)).sum().item(), rel=1e-4)
 
 
 def test_without_calibrate_the_floor_is_nothing():
@@ -105,6 +108,16 @@ def test_the_multiplier_follows_the_scheduled_gap():
         assert sign * (nets["log_weight"][0].item() - 1) > 0
 
 
+@pytest.mark.parametrize("entropy", [-2.7, -1.3])
+def test_the_temperature_moves_towards_the_target_entropy(entropy):
+    nets, update, rows, noise = made(tiny("x"))
+    with torch.no_grad():  # a narrow normal around 0, which tanh leaves alone; two dimensions share the entropy
+        nets["actor"].net[-1].weight.zero_()
+        nets["actor"].net[-1].bias[2:] = entropy / 2 - 0.5 * math.log(2 * math.pi * math.e) + 1
+    assert update(rows, noise, torch.tensor(1.0))["entropy"].item() == pytest.approx(entropy, abs=0.5)
+    assert (nets["log_alpha"][0].item() < 0) == (entropy > -2)  # target: -A = -2 nats
+
+
 def test_compiled_equals_eager():
     results, changes = [], {"max_backup": True, "target_gap": 0.8}
     for compiled in (False, True):
@@ -127,14 +140,14 @@ def test_ends_of_online_episodes():
 def whole(minari_store, tmp_path_factory):
     """A run that nothing interrupted. -> its folder and its summary."""
     folder = tmp_path_factory.mktemp("cal_ql") / "whole"
-    return folder, cal_ql.main(tiny(folder))
+    return folder, cal_ql.main(tiny(folder, target_gap=0.8))
 
 
 def same_networks(one, other):
     """Whether two files hold the same networks, bit for bit."""
     one, other = (torch.load(path, weights_only=True) for path in (one, other))
     one, other = one.get("nets", one), other.get("nets", other)
-    pairs = [(one[net][key], other[net][key]) for net in ("actor", "critics", "targets", "log_alpha")
+    pairs = [(one[net][key], other[net][key]) for net in ("actor", "critics", "targets", "log_alpha", "log_weight")
              for key in one[net]]  # fmt: skip
     return all(torch.equal(a, b) for a, b in pairs)
 
@@ -147,6 +160,14 @@ def test_a_run_leaves_what_it_promises(whole):
     assert not same_networks(folder / "offline.pt", folder / "model.pt")
 
 
+def by_hand(rows, ends):
+    """-> the discounted return that followed each observation."""
+    table, total = {}, 0.0
+    for row, end in reversed(list(zip(rows, ends, strict=True))):
+        table[row[:11].tobytes()] = total = row[14] + 0.99 * (0.0 if end else total)
+    return table
+
+
 def test_updates_come_when_an_episode_ends_one_for_each_step_with_its_returns(tmp_path, monkeypatch):
     seen, real = [], cal_ql.make_update
 
@@ -155,18 +176,18 @@ def test_updates_come_when_an_episode_ends_one_for_each_step_with_its_returns(tm
         return lambda rows, noise, strength: seen.append((rows, float(strength))) or update(rows, noise, strength)
 
     monkeypatch.setattr(cal_ql, "make_update", spied)
-    cal_ql.main(tiny(tmp_path / "run", offline_steps=0, offline_fraction=0.0, schedule="linear", warm_up=5))
-    saved = torch.load(tmp_path / "run/resume.pt", weights_only=True)
+    changes = {"reward_scale": 2.0, "reward_bias": -100.0, "schedule": "linear", "warm_up": 5}
+    args = tiny(tmp_path / "run", offline_steps=0, offline_fraction=0.25, **changes)
+    cal_ql.main(args)
+    saved, data = torch.load(tmp_path / "run/resume.pt", weights_only=True), cal_ql.load_data(args, "cpu")
     rows, start = saved["online"].numpy(), saved["progress"]["episode_start"]
     assert 5 < start <= 60 and len(seen) == start - 5  # updates for whole episodes, without the warm-up
-    ends = [i + 1 for i in range(start) if i + 1 == len(rows) or (rows[i, 15:26] != rows[i + 1, :11]).any()]
-    floor, total = np.zeros(start), 0.0
-    for i in reversed(range(start)):
-        floor[i] = total = rows[i, 14] + 0.99 * (0.0 if i + 1 in ends else total)
-    table = {row[:11].tobytes(): g for row, g in zip(rows, floor, strict=False)}
-    for batch, _ in seen:
-        expected = [table[row[:11].tobytes()] for row in batch.numpy()]
-        assert batch[:, -1].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert (rows[:, 14] < -80).all()  # scaled
+    ends = [i + 1 == len(rows) or (rows[i, 15:26] != rows[i + 1, :11]).any() for i in range(start)]
+    tables = [by_hand(data.rows.numpy(), data.last.tolist()), by_hand(rows[:start], ends)]
+    for batch, _ in seen:  # 4 of 16 rows are data
+        expected = [tables[i >= 4][row[:11].tobytes()] for i, row in enumerate(batch.numpy())]
+        assert batch[:, -1].tolist() == pytest.approx(expected, rel=1e-4)
     strengths = [strength for _, strength in seen]
     assert strengths == sorted(strengths, reverse=True) and strengths[-1] == pytest.approx(1 - 0.9 * start / 60)
 
@@ -184,13 +205,16 @@ def test_a_run_resumes_exactly(whole, tmp_path, monkeypatch, cut):
     with monkeypatch.context() as patch:
         patch.setattr(cal_ql, "draw_curve", cut_off)
         with pytest.raises(KeyboardInterrupt):
-            cal_ql.main(tiny(tmp_path / "cut"))
+            cal_ql.main(tiny(tmp_path / "cut", target_gap=0.8))
     assert cal_ql.main(cal_ql.parse_args(["--resume", str(tmp_path / "cut")]))["scores"] == whole[1]["scores"]
     assert same_networks(tmp_path / "cut/resume.pt", whole[0] / "resume.pt")
 
 
 def test_the_pretraining_can_be_used_again(whole, tmp_path):
-    summary = cal_ql.main(tiny(tmp_path / "again", checkpoint=str(whole[0] / "offline.pt")))
+    start = torch.load(whole[0] / "offline.pt", weights_only=True)
+    assert start["log_weight"]["0"] != 1  # what the pre-training made of the multiplier
+    args = tiny(tmp_path / "again", checkpoint=str(whole[0] / "offline.pt"), target_gap=0.8)
+    summary = cal_ql.main(args)
     stages = {json.loads(line)["stage"] for line in (tmp_path / "again/metrics.jsonl").read_text().splitlines()}
     assert stages == {"online"} and summary["scores"] == whole[1]["scores"]
     assert same_networks(tmp_path / "again/model.pt", whole[0] / "model.pt")
