@@ -121,7 +121,8 @@ def shipped_policy(folder):
     if not (folder / "args.json").exists():
         return None
     args = json.loads((folder / "args.json").read_text())
-    source = {"o2o_sac": "cql", "o2o_td3": "td3_bc", "o2o_ppo": "iql"}.get(args.get("algorithm"))
+    source = {"o2o_sac": "cql", "o2o_td3": "td3_bc", "o2o_ppo": "iql", "iql_online": "iql", "pex": "iql"}
+    source = source.get(args.get("algorithm"))
     source = {"iql": "iql_5"}.get(args["base"], args["base"]) if "base" in args else source
     if args.get("checkpoint", "") is None:  # the default one
         return source and f"{args['env_id']}/{source}.pt"
