@@ -17,6 +17,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -442,6 +443,8 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs would ignore the former
+        signal.signal(number, signal.default_int_handler)
     try:
         main(tyro.cli(Args, description=__doc__.splitlines()[0]))
     except UserError as error:

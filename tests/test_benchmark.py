@@ -327,18 +327,24 @@ def test_the_list_works_whatever_lies_in_the_folders(tmp_path):
     assert "5 commands, 0 of them complete" in text
 
 
-def test_ctrl_c_ends_the_workers_at_once(tmp_path):
-    """Sent to the benchmark alone, as a scheduler does: the runs end with it, with summaries; nothing new starts."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_the_workers_at_once(tmp_path, number):
+    """Sent to the benchmark alone, as a scheduler does, and to one that a shell started in the background: the runs end
+    with it, with summaries; nothing new starts."""
     words = ("--script", "o2o_td3", "--task", TASK, "--variant", "full", "--seed", "1", "2", "--results", str(tmp_path))
     words += (f"--flags={TINY.replace('--online-steps 8', '--online-steps 100000')}",)
     command = [sys.executable, str(ROOT / "benchmark/benchmark.py"), *words]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    background = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **background)
     first, second = (tmp_path / "o2o_td3" / TASK / "full" / seed for seed in ("1", "2"))
     deadline = time.time() + 120
-    while not (first / "resume.pt").exists():
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
+    try:
+        while not (first / "resume.pt").exists():
+            assert process.poll() is None and time.time() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == 130
+    finally:
+        process.kill()  # its run would go on for hours
     assert json.loads((first / "summary.json").read_text())["status"] == "interrupted"
     assert not (second / "args.json").exists()
