@@ -138,7 +138,7 @@ def reward_scale(rewards, last):
     ends = rewards.double().cumsum(0)[last]
     returns = ends.diff(prepend=ends.new_zeros(1))
     if returns.max() <= returns.min():
-        raise UserError("every episode of the dataset has the same return: there is nothing for IQL to prefer")
+        raise UserError("every episode of the dataset has the same return: there is nothing to prefer")
     return 1000 / float(returns.max() - returns.min())
 
 

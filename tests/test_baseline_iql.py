@@ -1,6 +1,10 @@
 """baselines/iql.py: what the environment and the buffer see, what an update moves, exact resume, refusals. The losses
 are those of offline/iql.py, to the letter (test_shared.py), and tested in test_losses.py."""
 
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+
 import iql
 import numpy as np
 import pytest
@@ -110,3 +114,21 @@ def test_schedule_moves_the_expectile(policy, tmp_path, monkeypatch, schedule, v
     monkeypatch.setattr(online, "make_iql_update", spied)
     online.main(tiny(policy, tmp_path / "run", schedule=schedule, warm_up=0))
     assert seen == pytest.approx(values)
+
+
+def test_compiled_equals_eager_while_the_expectile_moves(policy, monkeypatch):
+    """As graphs, whose C++ takes a minute more: a number that was compiled into them would show."""
+    monkeypatch.setattr(online.torch, "compile", partial(torch.compile, backend="aot_eager"))
+    data, results = online.load_data(online.Args(), torch.device("cpu")), []
+    start, _ = online.load_iql(policy, online.Args(), data)
+    for compiled, moves in ((False, True), (True, True), (True, False)):
+        nets, expectile = deepcopy(start), torch.tensor(0.7)
+        optimizers = {key: online.Adam(nets[key].parameters(), 1e-3) for key in ("actor", "value", "critics")}
+        args = replace(online.Args(compile=compiled), expectile=expectile)
+        update = online.compile_update(online.make_iql_update(args, nets, optimizers, data.split), args)
+        for i in range(4):
+            expectile.fill_(0.5 + 0.1 * i if moves else 0.5)
+            update(data.rows[16 * i : 16 * i + 16], None, torch.ones(()))
+        results.append(torch.cat([x.flatten() for net in nets.values() for x in net.parameters()]))
+    eager, graph, still = results
+    assert (eager - graph).abs().mean() < 0.01 * (eager - still).abs().mean()

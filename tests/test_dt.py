@@ -279,6 +279,19 @@ def test_a_run_resumes_exactly(whole, tmp_path, monkeypatch):
     assert torch.equal(one["nets"]["log_temperature"]["0"], other["nets"]["log_temperature"]["0"])
 
 
+def test_it_trains_on_the_rewards_that_are_left(minari_store, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(dt, "make_update", lambda *parts: seen.append(parts) or (lambda spans, noise, scale: {}))
+    dt.main(tiny(tmp_path, rtg_scale=0.01))
+    args, *_, steps, act_dim = seen[0]
+    data = dt.load_data(args, torch.device("cpu"))
+    rewards = [np.array(episode.rewards) for episode in data.source.iterate_episodes()]
+    left = np.concatenate([x[::-1].cumsum()[::-1] for x in rewards])
+    torch.testing.assert_close(steps[:, 0], torch.tensor(0.01 * left, dtype=torch.float32), rtol=1e-4, atol=1e-4)
+    obs, action, *_ = data.split(data.rows)
+    assert act_dim == 3 and torch.equal(steps[:, 1:], torch.cat([obs, action], dim=1))
+
+
 def test_the_learning_rate_rises_then_falls_to_nothing(minari_store, tmp_path, monkeypatch):
     scales = []
     monkeypatch.setattr(dt, "make_update", lambda *parts: lambda spans, noise, scale: scales.append(scale.item()) or {})

@@ -307,10 +307,10 @@ def test_an_environment_without_a_time_limit_is_refused(minari_store, capsys):
 
 def test_a_spec_may_not_name_files(minari_store):
     spec = json.dumps({"id": "Hopper-v5", "entry_point": "gymnasium.envs.mujoco.hopper_v5:HopperEnv",
-                       "kwargs": {"xml_file": "/tmp/x.xml"}, "additional_wrappers": []})  # fmt: skip
+                       "kwargs": {"xml_file": "folder/x.xml"}, "additional_wrappers": []})  # fmt: skip
     with pytest.raises(o2o_sac.UserError, match="none was made"):
         o2o_sac.check_spec(spec, "mine/x-v0")
-    o2o_sac.check_spec(spec.replace("/tmp/x.xml", "hopper.xml"), "mine/x-v0")
+    o2o_sac.check_spec(spec.replace("folder/x.xml", "hopper.xml"), "mine/x-v0")
 
 
 def test_a_relative_checkpoint_is_found_from_another_folder(checkpoint, tmp_path, monkeypatch):

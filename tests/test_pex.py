@@ -62,6 +62,15 @@ def test_the_better_policy_acts():
     torch.testing.assert_close(mode, torch.where(better.unsqueeze(-1), nets["actor"].mode(obs), off))
 
 
+def test_losses_by_hand():
+    reward, over, ahead = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0]), torch.tensor([10.0, 7.0])
+    assert pex.value_target(reward, over, ahead, 0.9).tolist() == [10.0, 2.0]
+    assert float(pex.expectile_loss(torch.tensor([2.0, -1.0]), 0.9)) == pytest.approx((0.9 * 4 + 0.1) / 2)
+    log_prob, advantage = torch.tensor([-1.0, -2.0]), torch.tensor([0.5, 100.0])
+    loss = pex.policy_loss(log_prob, advantage, temperature=2.0, max_weight=5.0)
+    assert float(loss) == pytest.approx((torch.tensor(1.0).exp().item() + 5 * 2) / 2)
+
+
 def test_an_update_moves_all_but_the_offline_policy():
     nets, _, update, batch = made(pex.Args())
     before = {key: deepcopy(net.state_dict()) for key, net in nets.items()}
