@@ -552,7 +552,7 @@ def start_from(path, saved, nets):
             if not all(x.isfinite().all() for x in net.state_dict().values()) or (net.obs_std <= 0).any():
                 raise UserError(f"{path} holds weights that are not finite, or a std that is not positive")
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path} holds no AWAC that fits the data ({type(error).__name__})") from error
+        raise UserError(f"{path} holds no networks that fit the data ({type(error).__name__})") from error
     return nets
 
 

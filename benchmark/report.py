@@ -53,6 +53,7 @@ GROUPS = {  # table -> its script, and the title of each variant in it; the firs
     "iql": ("iql", {"full": "IQL goes on"}),
     "pex": ("pex", {"full": "PEX"}),
     "awac": ("awac", {"full": "AWAC"}),
+    "proto": ("proto", {"full": "PROTO", "td3": "PROTO+TD3"}),
     "alignment": ("o2o_sac", {f"alignment-{n}": f"{n:,} updates" for n in (25_000, 50_000, 100_000, 200_000)}),
 }
 METHODS = {  # title -> its table, its variant there
@@ -68,6 +69,7 @@ METHODS = {  # title -> its table, its variant there
     "IQL": ("iql", "full"),
     "PEX": ("pex", "full"),
     "AWAC": ("awac", "full"),
+    "PROTO": ("proto", "full"),
 }
 NAIVE = {  # the same online algorithms without the method, for the table in README.md
     "O2SAC": ("SAC, started naively", "o2o_sac", "naive"),

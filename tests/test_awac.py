@@ -116,7 +116,7 @@ def test_the_pretraining_can_be_used_again(tmp_path):
         awac.main(tiny(tmp_path / "third", checkpoint=str(tmp_path / "other.pt")))
     del cached["critics"]
     torch.save(cached, tmp_path / "other.pt")
-    with pytest.raises(awac.UserError, match="holds no AWAC"):
+    with pytest.raises(awac.UserError, match="holds no networks"):
         awac.main(tiny(tmp_path / "third", checkpoint=str(tmp_path / "other.pt")))
     assert not (tmp_path / "third").exists()
 

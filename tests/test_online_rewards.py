@@ -11,16 +11,17 @@ from conftest import tiny_args, tiny_policy
 import o2o_sac
 import o2o_td3
 import o3f
-from baselines import awac, cal_ql, pex, rlpd, wsrl
+from baselines import awac, cal_ql, pex, proto, rlpd, wsrl
 from baselines import iql as iql_online
 
-SCRIPTS = [o2o_sac, o2o_td3, o3f, rlpd, wsrl, cal_ql, iql_online, pex, awac]
+SCRIPTS = [o2o_sac, o2o_td3, o3f, rlpd, wsrl, cal_ql, iql_online, pex, awac, proto]
 OFFLINE_PHASE = {"offline_steps": 4, "eval_every_updates": 2}
 SMALL = {
     rlpd: {"warm_up": 4, "updates_per_step": 1, "num_critics": 3},
     wsrl: OFFLINE_PHASE | {"warm_up": 4, "updates_per_step": 1, "num_critics": 3, "cql_actions": 2},
     cal_ql: OFFLINE_PHASE | {"cql_actions": 2, "actor_layers": 2, "critic_layers": 2},
     awac: OFFLINE_PHASE,
+    proto: OFFLINE_PHASE,
     pex: {"warm_up": 4},
     o3f: {"base": "iql", "updates_per_step": 1, "num_candidates": 5},
 }
@@ -74,8 +75,8 @@ def test_rewards_of_the_data_and_of_the_environment_are_scaled_alike(
     data = script.load_data(script.Args(), torch.device("cpu"))
     raw = data.rows[:, column]
     assert len(log) == 24 and len(raw) == first
-    if script is awac:  # scales by the range of the data's returns, of which test_awac.py has a closed form
-        scale = awac.reward_scale(2 * raw - 1, data.last)
+    if script in (awac, proto):  # scaled by the range of the data's returns, in closed form in test_losses.py
+        scale = script.reward_scale(2 * raw - 1, data.last)
         assert scale != 1
     torch.testing.assert_close(buffer[:first, column], scale * (2 * raw - 1), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(buffer[first:, column], scale * (2 * np.array(log) - 1), rtol=1e-5, atol=1e-6)
