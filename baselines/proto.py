@@ -255,12 +255,11 @@ def train_offline(args, run, stage, steps, update, rows, shape, check, extra=lam
             clock, count = time.monotonic(), 0
 
 
-def draw_seeded(generator, first, step, seeds, offline, batch_size):
-    """-> indices (batch_size,): `offline` of them in [0, first), the data, the rest of an online buffer that holds the
-    rows `seeds` of the data and the `step` rows from `first` on."""
-    index = torch.randint(len(seeds) + step, (batch_size - offline,), generator=generator, device=generator.device)
-    own = torch.where(index < len(seeds), seeds[index.clamp(max=len(seeds) - 1)], first + index - len(seeds))
-    return torch.cat([torch.randint(first, (offline,), generator=generator, device=generator.device), own])
+def draw_seeded(generator, first, own, offline, batch_size):
+    """-> indices (batch_size,): `offline` of them in [0, first), the data, the rest of `own`."""
+    data = torch.randint(first, (offline,), generator=generator, device=generator.device)
+    index = torch.randint(len(own), (batch_size - offline,), generator=generator, device=generator.device)
+    return torch.cat([data, own[index]])
 
 
 def train_online(args, run, update, data, score):
@@ -270,6 +269,7 @@ def train_online(args, run, update, data, score):
     env, obs, buffer, first = online_start(args, run, data)
     seeds = torch.randperm(first, generator=torch.Generator().manual_seed(args.seed)).to(buffer.device)
     seeds, offline = (seeds[:25_000], 0) if args.td3 else (seeds[:10_000], args.batch_size // 2)
+    own = torch.cat([seeds, torch.arange(first, len(buffer), device=buffer.device)])  # rows of the online buffer
     seconds, count, values, weight = 0.0, 0, {}, torch.zeros((), device=buffer.device)
     for step in tqdm(range(progress["step"] + 1, args.online_steps + 1), desc="online", unit="step", disable=None):
         with torch.no_grad():
@@ -288,7 +288,7 @@ def train_online(args, run, update, data, score):
         clock, count = time.monotonic(), count + args.updates_per_step
         weight.fill_(annealed(args.temperature, step, args.anneal_steps))
         for i in range(args.updates_per_step):
-            index = draw_seeded(generator, first, step, seeds, offline, args.batch_size)
+            index = draw_seeded(generator, first, own[: len(seeds) + step], offline, args.batch_size)
             noise = torch.randn(2, args.batch_size, data.act_dim, generator=generator, device=generator.device)
             which = torch.randint(2, (), generator=generator, device=generator.device)
             both = not args.td3 or (step * args.updates_per_step + i) % 2 == 0  # TD3's delay

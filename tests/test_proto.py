@@ -169,8 +169,8 @@ def test_compiled_equals_eager(kind, monkeypatch):
 
 @pytest.mark.parametrize("offline", [0, 8, 16])
 def test_the_online_buffer_begins_with_some_of_the_data(offline):
-    seeds, generator = torch.tensor([5, 7, 11]), torch.Generator().manual_seed(0)
-    index = torch.stack([proto.draw_seeded(generator, 100, 2, seeds, offline, 16) for _ in range(2000)])
+    own, generator = torch.tensor([5, 7, 11, 100, 101]), torch.Generator().manual_seed(0)
+    index = torch.stack([proto.draw_seeded(generator, 100, own, offline, 16) for _ in range(2000)])
     assert index.shape == (2000, 16) and index[:, :offline].numel() == 2000 * offline
     if offline:
         assert index[:, :offline].min() == 0 and index[:, :offline].max() == 99
@@ -178,6 +178,18 @@ def test_the_online_buffer_begins_with_some_of_the_data(offline):
     assert found.tolist() == ([5, 7, 11, 100, 101] if offline < 16 else [])
     if offline < 16:
         torch.testing.assert_close(counts / counts.sum(), torch.full((5,), 0.2), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("td3, seeded, offline", [(False, 10_000, 8), (True, 25_000, 0)])
+def test_what_a_run_draws(td3, seeded, offline, tmp_path, monkeypatch, minari_store):
+    seen, real = [], proto.draw_seeded
+    monkeypatch.setattr(proto, "draw_seeded", lambda *args: seen.append(args) or real(*args))
+    proto.main(tiny(tmp_path / "run", td3=td3, online_steps=3, offline_steps=1))
+    for step, (_, first, own, share, batch) in enumerate(seen, 1):
+        data, online = own[own < first], own[own >= first]
+        assert len(data.unique()) == len(data) == min(seeded, first) and (share, batch) == (offline, 16)
+        assert online.tolist() == [first + i for i in range(step)]
+    assert len(seen) == 3
 
 
 @pytest.mark.parametrize("td3", [False, True])
