@@ -53,6 +53,7 @@ PAPER = {  # by script, by variant, by the offline algorithm
     "baselines/pex": "--online-steps 1000000",
     "baselines/awac": "--offline-steps 1000000 --online-steps 1000000",
     "baselines/proto": "--online-steps 1000000",
+    "baselines/aca": "--offline-steps 500000 --online-steps 100000",
     "interval": "--reference-every 10000",
     "lapo": "--updates-per-step 20",
 }
@@ -80,7 +81,7 @@ EXPERIMENTS = {  # script: {variant: flags}
         **{f"iql{name}": f"--base iql {IQL} {FAST} {flag}" for name, flag in OPTIMISM.items()},
     },
 }
-BASELINES = ("rlpd", "wsrl", "cal_ql", "iql", "pex", "awac", "proto")  # in baselines/
+BASELINES = ("rlpd", "wsrl", "cal_ql", "iql", "pex", "awac", "proto", "aca")  # in baselines/
 EXPERIMENTS |= {
     "rlpd": {"full": f"--online-steps 50000 --eval-every 1000 {FAST}"},
     "wsrl": {"full": f"--offline-steps 20000 --online-steps 20000 --eval-every 1000 {FAST}"},
@@ -95,6 +96,7 @@ EXPERIMENTS |= {
         "full": f"--offline-steps 100000 --online-steps 50000 --eval-every 1000 {FAST}",
         "td3": f"--offline-steps 100000 --online-steps 50000 --eval-every 1000 {FAST} --td3",
     },
+    "aca": {"full": f"--offline-steps 100000 --online-steps 50000 --eval-every 1000 {FAST}"},
 }
 MAZES = ("antmaze-umaze-v2", "antmaze-umaze-diverse-v2")  # one seed
 MAZE_EXPERIMENTS = {script: {"full": FAST} for script in ("o2o_td3", "o2o_ppo", "iql")}  # by the scripts' settings
@@ -120,7 +122,7 @@ PRETRAINING = {  # the offline algorithm that a fine-tuning run starts from: scr
 }
 
 
-Baseline = Literal["rlpd", "wsrl", "cal_ql", "iql", "pex", "awac", "proto"]
+Baseline = Literal["rlpd", "wsrl", "cal_ql", "iql", "pex", "awac", "proto", "aca"]
 Script = Literal["o2o_sac", "o2o_td3", "o2o_ppo", "o3f", Baseline, "critics"]
 
 
@@ -208,7 +210,7 @@ class Job(NamedTuple):
 
 def base_of(script, variant):
     """The entry of PRETRAINING that a run starts from; None: from nothing."""
-    if script in ("rlpd", "wsrl", "cal_ql", "awac", "proto"):
+    if script in ("rlpd", "wsrl", "cal_ql", "awac", "proto", "aca"):
         return None
     bases = {"o2o_sac": "cql", "critics": "cql", "o2o_td3": "td3_bc", "o2o_ppo": "iql", "iql": "iql", "pex": "iql"}
     return bases.get(script) or ("iql_5" if variant.startswith("iql") else "lapo")

@@ -54,6 +54,7 @@ GROUPS = {  # table -> its script, and the title of each variant in it; the firs
     "pex": ("pex", {"full": "PEX"}),
     "awac": ("awac", {"full": "AWAC"}),
     "proto": ("proto", {"full": "PROTO", "td3": "PROTO+TD3"}),
+    "aca": ("aca", {"full": "ACA"}),
     "alignment": ("o2o_sac", {f"alignment-{n}": f"{n:,} updates" for n in (25_000, 50_000, 100_000, 200_000)}),
 }
 METHODS = {  # title -> its table, its variant there
@@ -70,6 +71,7 @@ METHODS = {  # title -> its table, its variant there
     "PEX": ("pex", "full"),
     "AWAC": ("awac", "full"),
     "PROTO": ("proto", "full"),
+    "ACA": ("aca", "full"),
 }
 NAIVE = {  # the same online algorithms without the method, for the table in README.md
     "O2SAC": ("SAC, started naively", "o2o_sac", "naive"),

@@ -11,10 +11,10 @@ from conftest import tiny_args, tiny_policy
 import o2o_sac
 import o2o_td3
 import o3f
-from baselines import awac, cal_ql, pex, proto, rlpd, wsrl
+from baselines import aca, awac, cal_ql, pex, proto, rlpd, wsrl
 from baselines import iql as iql_online
 
-SCRIPTS = [o2o_sac, o2o_td3, o3f, rlpd, wsrl, cal_ql, iql_online, pex, awac, proto]
+SCRIPTS = [o2o_sac, o2o_td3, o3f, rlpd, wsrl, cal_ql, iql_online, pex, awac, proto, aca]
 OFFLINE_PHASE = {"offline_steps": 4, "eval_every_updates": 2}
 SMALL = {
     rlpd: {"warm_up": 4, "updates_per_step": 1, "num_critics": 3},
@@ -22,6 +22,7 @@ SMALL = {
     cal_ql: OFFLINE_PHASE | {"cql_actions": 2, "actor_layers": 2, "critic_layers": 2},
     awac: OFFLINE_PHASE,
     proto: OFFLINE_PHASE,
+    aca: OFFLINE_PHASE,
     pex: {"warm_up": 4},
     o3f: {"base": "iql", "updates_per_step": 1, "num_candidates": 5},
 }
