@@ -24,7 +24,7 @@ TRAINING = [path for path in [*ONLINE, *OFFLINE, *BASELINES] if path.stem not in
 
 # what a method defines for itself under a name that others use too
 OWN = {"Args", "settings", "main", "train", "train_online", "make_update", "make_updates", "make_actor", "checkpoint"}
-OWN |= {"td_target", "alignment_target", "divergence", "actor_loss", "reward_scale"}
+OWN |= {"td_target", "alignment_target", "divergence", "actor_loss", "reward_scale", "make_offline_update"}
 OWN |= {"parse_args"}  # what makes data has no runs to resume
 
 
