@@ -54,6 +54,7 @@ PAPER = {  # by script, by variant, by the offline algorithm
     "baselines/awac": "--offline-steps 1000000 --online-steps 1000000",
     "baselines/proto": "--online-steps 1000000",
     "baselines/aca": "--offline-steps 500000 --online-steps 100000",
+    "baselines/off2on": "--offline-steps 1000000 --cql-actions 10 --online-steps 250000",
     "interval": "--reference-every 10000",
     "lapo": "--updates-per-step 20",
 }
@@ -81,7 +82,7 @@ EXPERIMENTS = {  # script: {variant: flags}
         **{f"iql{name}": f"--base iql {IQL} {FAST} {flag}" for name, flag in OPTIMISM.items()},
     },
 }
-BASELINES = ("rlpd", "wsrl", "cal_ql", "iql", "pex", "awac", "proto", "aca")  # in baselines/
+BASELINES = ("rlpd", "wsrl", "cal_ql", "iql", "pex", "awac", "proto", "aca", "off2on")  # in baselines/
 EXPERIMENTS |= {
     "rlpd": {"full": f"--online-steps 50000 --eval-every 1000 {FAST}"},
     "wsrl": {"full": f"--offline-steps 20000 --online-steps 20000 --eval-every 1000 {FAST}"},
@@ -97,6 +98,7 @@ EXPERIMENTS |= {
         "td3": f"--offline-steps 100000 --online-steps 50000 --eval-every 1000 {FAST} --td3",
     },
     "aca": {"full": f"--offline-steps 100000 --online-steps 50000 --eval-every 1000 {FAST}"},
+    "off2on": {"full": f"--offline-steps 10000 --online-steps 50000 --eval-every 1000 {FAST}"},
 }
 MAZES = ("antmaze-umaze-v2", "antmaze-umaze-diverse-v2")  # one seed
 MAZE_EXPERIMENTS = {script: {"full": FAST} for script in ("o2o_td3", "o2o_ppo", "iql")}  # by the scripts' settings
@@ -122,7 +124,7 @@ PRETRAINING = {  # the offline algorithm that a fine-tuning run starts from: scr
 }
 
 
-Baseline = Literal["rlpd", "wsrl", "cal_ql", "iql", "pex", "awac", "proto", "aca"]
+Baseline = Literal["rlpd", "wsrl", "cal_ql", "iql", "pex", "awac", "proto", "aca", "off2on"]
 Script = Literal["o2o_sac", "o2o_td3", "o2o_ppo", "o3f", Baseline, "critics"]
 
 
@@ -210,7 +212,7 @@ class Job(NamedTuple):
 
 def base_of(script, variant):
     """The entry of PRETRAINING that a run starts from; None: from nothing."""
-    if script in ("rlpd", "wsrl", "cal_ql", "awac", "proto", "aca"):
+    if script in ("rlpd", "wsrl", "cal_ql", "awac", "proto", "aca", "off2on"):
         return None
     bases = {"o2o_sac": "cql", "critics": "cql", "o2o_td3": "td3_bc", "o2o_ppo": "iql", "iql": "iql", "pex": "iql"}
     return bases.get(script) or ("iql_5" if variant.startswith("iql") else "lapo")

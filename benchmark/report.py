@@ -55,6 +55,7 @@ GROUPS = {  # table -> its script, and the title of each variant in it; the firs
     "awac": ("awac", {"full": "AWAC"}),
     "proto": ("proto", {"full": "PROTO", "td3": "PROTO+TD3"}),
     "aca": ("aca", {"full": "ACA"}),
+    "off2on": ("off2on", {"full": "Off2On"}),
     "alignment": ("o2o_sac", {f"alignment-{n}": f"{n:,} updates" for n in (25_000, 50_000, 100_000, 200_000)}),
 }
 METHODS = {  # title -> its table, its variant there
@@ -72,6 +73,7 @@ METHODS = {  # title -> its table, its variant there
     "AWAC": ("awac", "full"),
     "PROTO": ("proto", "full"),
     "ACA": ("aca", "full"),
+    "Off2On": ("off2on", "full"),
 }
 NAIVE = {  # the same online algorithms without the method, for the table in README.md
     "O2SAC": ("SAC, started naively", "o2o_sac", "naive"),

@@ -25,7 +25,7 @@ import o2o_ppo  # noqa: E402
 import o2o_sac  # noqa: E402
 import o2o_td3  # noqa: E402
 import o3f  # noqa: E402
-from baselines import aca, awac, cal_ql, pex, proto, rlpd, wsrl  # noqa: E402
+from baselines import aca, awac, cal_ql, off2on, pex, proto, rlpd, wsrl  # noqa: E402
 from baselines import iql as iql_online  # noqa: E402
 
 torch.set_num_threads(1)
@@ -47,6 +47,7 @@ for module in (
     awac,
     proto,
     aca,
+    off2on,
     iql_online,
 ):
     module.closing_score = partial(module.closing_score, episodes=1)  # 50 are for people

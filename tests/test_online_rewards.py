@@ -11,10 +11,10 @@ from conftest import tiny_args, tiny_policy
 import o2o_sac
 import o2o_td3
 import o3f
-from baselines import aca, awac, cal_ql, pex, proto, rlpd, wsrl
+from baselines import aca, awac, cal_ql, off2on, pex, proto, rlpd, wsrl
 from baselines import iql as iql_online
 
-SCRIPTS = [o2o_sac, o2o_td3, o3f, rlpd, wsrl, cal_ql, iql_online, pex, awac, proto, aca]
+SCRIPTS = [o2o_sac, o2o_td3, o3f, rlpd, wsrl, cal_ql, iql_online, pex, awac, proto, aca, off2on]
 OFFLINE_PHASE = {"offline_steps": 4, "eval_every_updates": 2}
 SMALL = {
     rlpd: {"warm_up": 4, "updates_per_step": 1, "num_critics": 3},
@@ -23,6 +23,7 @@ SMALL = {
     awac: OFFLINE_PHASE,
     proto: OFFLINE_PHASE,
     aca: OFFLINE_PHASE,
+    off2on: OFFLINE_PHASE | {"round_steps": 8, "first_round": 1, "num_agents": 2, "cql_actions": 2},
     pex: {"warm_up": 4},
     o3f: {"base": "iql", "updates_per_step": 1, "num_candidates": 5},
 }
