@@ -52,6 +52,21 @@ for module in (
 ):
     module.closing_score = partial(module.closing_score, episodes=1)  # 50 are for people
 TASK = "hopper-medium-v2"
+OFFLINE_PHASE = {"offline_steps": 4, "eval_every_updates": 2}
+SMALL = {  # a run of each that takes seconds, from nothing or from IQL
+    iql_online: {},
+    rlpd: {"warm_up": 4, "updates_per_step": 1, "num_critics": 3},
+    wsrl: OFFLINE_PHASE | {"warm_up": 4, "updates_per_step": 1, "num_critics": 3, "cql_actions": 2},
+    cal_ql: OFFLINE_PHASE | {"cql_actions": 2, "actor_layers": 2, "critic_layers": 2},
+    awac: OFFLINE_PHASE,
+    proto: OFFLINE_PHASE,
+    aca: OFFLINE_PHASE,
+    off2on: OFFLINE_PHASE | {"round_steps": 8, "first_round": 1, "num_agents": 2, "cql_actions": 2},
+    pex: {"warm_up": 4},
+    o3f: {"base": "iql", "updates_per_step": 1, "num_candidates": 5},
+}
+for options in SMALL.values():
+    options |= {"online_steps": 8, "eval_every": 4, "eval_episodes": 1, "batch_size": 16, "compile": False} | options
 
 
 @pytest.fixture(scope="session", autouse=True)

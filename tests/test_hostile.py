@@ -18,12 +18,14 @@ import numpy as np
 import pytest
 import td3_bc
 import torch
-from conftest import ROOT, TASK, tiny_args, tiny_policy
+from conftest import ROOT, SMALL, TASK, tiny_args, tiny_policy
 
 import o2o_ppo
 import o2o_sac
 import o2o_td3
 import o3f
+from baselines import iql as iql_online
+from baselines import pex
 
 CHECKPOINTS, RUN_FOLDERS = 200, 30  # damaged files for each script
 
@@ -161,7 +163,8 @@ def test_what_is_no_checkpoint_at_all(tmp_path, content):
         o2o_sac.load_file(path)
 
 
-SCRIPTS = [o2o_sac, o2o_td3, o2o_ppo, o3f, cql, td3_bc, iql, lapo, bc, dt]
+BASELINES = [script for script in SMALL if script is not o3f]
+SCRIPTS = [o2o_sac, o2o_td3, o2o_ppo, o3f, cql, td3_bc, iql, lapo, bc, dt, *BASELINES]
 
 
 def finished_run(module, policies, folder):
@@ -172,6 +175,9 @@ def finished_run(module, policies, folder):
         settings = {"base": "iql", "checkpoint": str(policies["iql"]), "online_steps": 8, "eval_every": 4}
         settings |= {"eval_episodes": 1, "updates_per_step": 1, "compile": False, "run_dir": str(folder / "good")}
         o3f.main(o3f.Args(**settings))
+    elif module in BASELINES:
+        start = {"checkpoint": str(policies["iql"])} if module in (iql_online, pex) else {}
+        module.main(module.Args(**SMALL[module], **start, run_dir=str(folder / "good")))
     else:
         tiny_policy(module, folder, run_dir=str(folder / "good"))
     return folder / "good"
@@ -191,8 +197,8 @@ def test_mutated_run_folders(module, policies, tmp_path, monkeypatch, capsys):
         folder = tmp_path / f"run{i}"
         shutil.copytree(good, folder, ignore=shutil.ignore_patterns("tensorboard"))
         if i % 3 == 0:
-            changed = {**budgets, **mutated(arguments, rng), **kept}
-            text = json.dumps({key: value for key, value in changed.items() if not torch.is_tensor(value)})
+            changed = {key: value for key, value in mutated(arguments, rng).items() if not torch.is_tensor(value)}
+            text = json.dumps({**budgets, **changed, **kept})  # without a budget it would be the default's hours
             (folder / "args.json").write_text(text if rng.random() < 0.9 else text[: len(text) // 2])
         elif i % 3 == 1:
             (folder / "resume.pt").write_bytes(damaged(bytes_of, rng))

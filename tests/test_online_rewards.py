@@ -6,7 +6,7 @@ import iql
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_args, tiny_policy
+from conftest import SMALL, tiny_args, tiny_policy
 
 import o2o_sac
 import o2o_td3
@@ -15,18 +15,6 @@ from baselines import aca, awac, cal_ql, off2on, pex, proto, rlpd, wsrl
 from baselines import iql as iql_online
 
 SCRIPTS = [o2o_sac, o2o_td3, o3f, rlpd, wsrl, cal_ql, iql_online, pex, awac, proto, aca, off2on]
-OFFLINE_PHASE = {"offline_steps": 4, "eval_every_updates": 2}
-SMALL = {
-    rlpd: {"warm_up": 4, "updates_per_step": 1, "num_critics": 3},
-    wsrl: OFFLINE_PHASE | {"warm_up": 4, "updates_per_step": 1, "num_critics": 3, "cql_actions": 2},
-    cal_ql: OFFLINE_PHASE | {"cql_actions": 2, "actor_layers": 2, "critic_layers": 2},
-    awac: OFFLINE_PHASE,
-    proto: OFFLINE_PHASE,
-    aca: OFFLINE_PHASE,
-    off2on: OFFLINE_PHASE | {"round_steps": 8, "first_round": 1, "num_agents": 2, "cql_actions": 2},
-    pex: {"warm_up": 4},
-    o3f: {"base": "iql", "updates_per_step": 1, "num_candidates": 5},
-}
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +38,7 @@ def small(script, checkpoints, scaled_iql, run_dir, **changes):
     """-> arguments of a run of 24 steps, the scale that its checkpoint brings."""
     if script in checkpoints:
         return tiny_args(script, checkpoints[script], run_dir, online_steps=24, eval_every=24, **changes), 1.0
-    options = {"online_steps": 24, "eval_every": 24, "eval_episodes": 1, "batch_size": 16, "compile": False}
-    options |= SMALL.get(script, {}) | {"run_dir": str(run_dir)} | changes
+    options = SMALL[script] | {"online_steps": 24, "eval_every": 24, "run_dir": str(run_dir)} | changes
     if script not in (o3f, pex, iql_online):
         return script.Args(**options), 1.0
     scale = torch.load(scaled_iql, weights_only=True)["reward_scale"]
