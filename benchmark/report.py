@@ -75,6 +75,7 @@ METHODS = {  # title -> its table, its variant there
     "ACA": ("aca", "full"),
     "Off2On": ("off2on", "full"),
 }
+COMPARED = METHODS | {"CQL": ("cal_ql", "no-calibrate"), "PROTO+TD3": ("proto", "td3")}  # on one task
 NAIVE = {  # the same online algorithms without the method, for the table in README.md
     "O2SAC": ("SAC, started naively", "o2o_sac", "naive"),
     "O2TD3": ("TD3, started naively", "o2o_td3", "naive"),
@@ -82,7 +83,8 @@ NAIVE = {  # the same online algorithms without the method, for the table in REA
     "O3F on IQL": ("IQL goes on, with noise", "o3f_iql", "iql-noise"),
     "O3F on LAPO": ("LAPO goes on, with noise", "o3f_lapo", "lapo-noise"),
 }
-TITLES = {group: title for title, (group, variant) in METHODS.items() if variant != "full-8000"}
+STUDIED = [group for group, (script, _) in GROUPS.items() if script in ("o2o_sac", "o2o_td3", "o2o_ppo", "o3f")]
+TITLES = {group: title for title, (group, variant) in METHODS.items() if group in STUDIED and variant != "full-8000"}
 CRITICS = {"fixed": "re-evaluated, fixed", "iterated": "re-evaluated, iterated", "aligned": "aligned"}
 COLUMNS = ["offline", "aligned", "initial_drop", "lowest", "auc", "final", "acting", "best", "closing"]
 HEADINGS = ["offline", "aligned", "initial drop", "lowest online", "mean online", "last 5 evaluations", "while acting"]
@@ -153,7 +155,9 @@ def load_run(folder):
     run |= {"lowest": min((score for _, score in summary["scores"]), default=None)}
     scores, episodes = ([row[f"online/{key}"] for row in acting] for key in ("score_acting", "episodes"))
     run |= {"acting": float(np.average(scores, weights=episodes)) if acting else None}
-    run |= {key: summary[key] for key in ("online_steps", "selection_steps")}
+    run |= {key: summary[key] for key in ("online_steps", "selection_steps")} | {
+        "minutes": summary["wall_seconds"] / 60
+    }
     return run | {"curve": [point for point in curve if point[2] is not None]}
 
 
@@ -224,10 +228,10 @@ def group_table(runs, group):
     return table([*(["task"] if len(tasks) > 1 else []), "variant", "seeds", *(HEADINGS[i] for i in shown)], rows)
 
 
-def aggregate(runs):
+def aggregate(runs, methods=METHODS):
     """-> {title of the method: {task: its runs}}, ordered by seed"""
     found = {}
-    for title, (group, variant) in METHODS.items():
+    for title, (group, variant) in methods.items():
         tasks = {task: variants[variant] for task, variants in chosen(runs, group).items() if variant in variants}
         if tasks:
             found[title] = tasks
@@ -256,6 +260,31 @@ def aggregate_table(runs):
     head = ["method", "task", "runs", "online steps", "selection steps"]
     scores = ["offline", "last 5 evaluations", "mean online", "lowest online", "initial drop"]
     return table([*head, *scores], rows)
+
+
+def compared(runs, task="hopper-medium-v2"):
+    """-> {title: its runs on this task}; of O2SAC's two budgets the larger, and without a title's budget."""
+    runs = [run for run in runs if stage_of(run, "online")]
+    found = {title: tasks[task] for title, tasks in aggregate(runs, COMPARED).items() if task in tasks}
+    longer = {title: found.pop(title) for title in list(found) if title == "O2SAC, 8,000 steps"}
+    return (
+        {"O2SAC": next(iter(longer.values()))} | {k: v for k, v in found.items() if k != "O2SAC"} if longer else found
+    )
+
+
+def comparison_table(runs):
+    """All methods on one task, best first, with what they cost: environment steps, those of the evaluations that choose
+    a policy, and minutes."""
+    rows = []
+    for title, found in compared(runs).items():
+        cells = [cell([[run[column] for run in found]]) for column in ("offline", "final", "auc", "lowest")]
+        costs = [
+            f"{np.mean([run[key] for run in found]):,.0f}" for key in ("online_steps", "selection_steps", "minutes")
+        ]
+        rows.append((np.mean([run["final"] for run in found]), [title, len(found), *cells, *costs]))
+    head = ["method", "seeds", "offline", "last 5 evaluations", "mean online", "lowest online"]
+    rows = [row for _, row in sorted(rows, key=lambda row: -row[0])]
+    return table([*head, "environment steps", "selection steps", "minutes"], rows)
 
 
 def measured_policies():
@@ -497,6 +526,49 @@ def draw_aggregate(runs, path):
     save(drawing, path)
 
 
+def draw_comparison(runs, path):
+    """All methods on one task: scores over all environment steps, those of the selection spread over the run, and over
+    minutes; the means of the last five evaluations."""
+    drawing, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    for i, (title, found) in enumerate(compared(runs).items()):
+        style = {"color": f"C{i % 10}", "label": title}
+        counted = [1 + run["selection_steps"] / run["online_steps"] for run in found]
+        curves = [
+            [(x * step, score) for step, score in stage_of(run, "online")]
+            for x, run in zip(counted, found, strict=True)
+        ]
+        steps = sorted({step for step, _ in curves[0]})
+        scores = np.mean([np.interp(steps, *zip(*curve, strict=True)) for curve in curves], axis=0)
+        scores = [
+            scores[max(0, k - 4) : k + 1].mean() for k in range(len(scores))
+        ]  # of the last five, as the table has it
+        left.plot(steps, scores, "-" if i < 10 else "--", **style)
+        minutes, final = (np.mean([run[key] for run in found]) for key in ("minutes", "final"))
+        right.plot(minutes, final, "o" if i < 10 else "s", **style)
+        right.annotate(title, (minutes, final), fontsize=8, xytext=(4, 3), textcoords="offset points")
+    left.set(xscale="log", xlabel="environment steps, selection counted", ylabel="normalised score")
+    right.set(xscale="log", xlabel="minutes, all stages, one core", ylabel="last 5 evaluations")
+    left.legend(fontsize=7, ncols=2)
+    save(drawing, path)
+
+
+def draw_methods(runs, path):
+    """The scores online of all methods on one task, a panel a method, a line a seed."""
+    found = compared(runs)
+    rows = -(-len(found) // 5)
+    size = {"figsize": (12, 2.2 * rows), "layout": "constrained", "squeeze": False, "sharey": True}
+    drawing, axes = plt.subplots(rows, 5, **size)
+    for axis, (title, group) in zip(axes.flat, found.items(), strict=False):
+        for run in group:
+            axis.plot(*zip(*stage_of(run, "online"), strict=True), linewidth=0.8)
+        axis.axhline(np.mean([run["offline"] for run in group]), color="black", linestyle="--", linewidth=0.8)
+        axis.set_title(title, fontsize=9)
+        axis.locator_params(axis="x", nbins=3)
+    for axis in axes.flat[len(found) :]:
+        axis.set_axis_off()
+    save(drawing, path)
+
+
 def draw_alphas(runs, path):
     drawing, axis = plt.subplots(figsize=(5, 3.8), layout="constrained")
     for i, (alpha, curves) in enumerate(alphas(runs)):
@@ -522,7 +594,7 @@ def draw_critics(curves, offline, path):
 def csv_files(runs):
     """runs.csv: a row a run; curves.csv: a row an evaluation. -> {name: text}"""
     keys = ["script", "task", "variant", "seed"]
-    numbers = [*COLUMNS, "online_steps", "selection_steps"]
+    numbers = [*COLUMNS, "online_steps", "selection_steps", "minutes"]
     tables = {
         "runs.csv": [[*keys, *numbers], *([run[key] for key in (*keys, *numbers)] for run in runs)],
         "curves.csv": [[*keys, "stage", "step", "score"]]
@@ -540,7 +612,8 @@ def csv_files(runs):
 def all_tables(runs, curves, offline):
     """-> {name: table} of everything that has runs."""
     tables = {"aggregate": aggregate_table(runs)} if aggregate(runs) else {}
-    tables |= {group: group_table(runs, group) for group in GROUPS if chosen(runs, group)}
+    tables |= {"comparison": comparison_table(runs)} if compared(runs) else {}
+    tables |= {group: group_table(runs, group) for group in STUDIED if chosen(runs, group)}
     tables |= {"alpha": alpha_table(runs)} if alphas(runs) else {}
     return tables | ({"critics": critic_table(curves, offline)} if curves else {})
 
@@ -576,6 +649,9 @@ def draw(results, runs, curves, offline):
         draw_ablations(runs, results / "ablations.png")
         draw_aggregate(runs, results / "aggregate.png")
         draw_tasks(runs, results / "tasks.png")
+    if compared(runs):
+        draw_comparison(runs, results / "comparison.png")
+        draw_methods(runs, results / "methods.png")
     if alphas(runs):
         draw_alphas(runs, results / "alpha.png")
     if curves:

@@ -72,7 +72,13 @@ def run_folder(root, script, variant, seed, scores, status="complete", task=TASK
     folder = root / script / task / variant / str(seed)
     folder.mkdir(parents=True)
     summary = {"status": status, "offline_score": 50.0, "aligned_score": None, "initial_drop": 1.0, "auc": 60.0}
-    summary |= {"final_score": scores[-1], "best_score": max(scores), "online_steps": 30, "selection_steps": 0}
+    summary |= {
+        "final_score": scores[-1],
+        "best_score": max(scores),
+        "online_steps": 30,
+        "selection_steps": 0,
+        "wall_seconds": 600.0,
+    }
     summary |= {"scores": [[10 * (i + 1), score] for i, score in enumerate(scores)]}
     (folder / "summary.json").write_text(json.dumps(summary))
     rows = [{"stage": "online", "step": step, "online/score": score} for step, score in summary["scores"]]
@@ -92,6 +98,14 @@ def test_tables_of_runs_made_by_hand(tmp_path):
     assert full[:3] == ["full method", "3", "50.0 [50.0, 50.0]"]
     assert full[4] == "40.0 [40.0, 40.0]" and full[6].startswith("80.0 [7") and full[7].startswith("37.5")
     assert ablated == ["no alignment", "1", "50.0", "1.0", "20.0", "60.0", "25.0", "37.5"]
+    run_folder(tmp_path, "proto", "td3", 1, [40.0, 60.0, 95.0])
+    report.main(report.Args(tmp_path))
+    table = (tmp_path / "report.md").read_text().split("## comparison\n\n")[1].split("\n\n")[0]
+    rows = [[word.strip() for word in row.strip("|").split("|")] for row in table.splitlines()[2:]]
+    assert rows[0] == ["PROTO+TD3", "1", "50.0", "95.0", "60.0", "40.0", "30", "0", "10"]  # the best first
+    assert rows[1][:2] == ["O2TD3", "3"] and len(rows) == 2 and (tmp_path / "comparison.png").exists()
+    shutil.rmtree(tmp_path / "proto")
+    report.main(report.Args(tmp_path))
     lines = (tmp_path / "runs.csv").read_text().splitlines()
     assert len(lines) == 5 and lines[1].startswith(
         f"o2o_td3,{TASK},full,1,50.00,,1.00,40.00,60.00,70.00,37.50,70.00,,30"
@@ -121,7 +135,7 @@ def test_tasks_with_the_method_alone_stay_out_of_the_ablations(tmp_path):
     report.main(report.Args(tmp_path))
     text = (tmp_path / "report.md").read_text()
     rows = [[word.strip() for word in row.strip("|").split("|")] for row in text.splitlines() if row.startswith("| ")]
-    assert [(row[1], row[2], row[6]) for row in rows if row[0] == "O2TD3"] == [
+    assert [(row[1], row[2], row[6]) for row in rows if row[0] == "O2TD3" and len(row) == 10] == [
         (TASK, "2", "80.0 [80.0, 80.0]"),
         ("walker2d-medium-v2", "1", "20.0"),
         ("all 2", "2", "50.0"),  # one seed of each
