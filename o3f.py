@@ -63,13 +63,13 @@ class Args:
     run_dir: str | None = None  # folder of this run; None: runs/<env_id>__<exp_name>__<seed>__<time>
     resume: str | None = None  # folder of a run that was cut off, to be continued
 
-    online_steps: int = 1_000  # environment steps (paper: 100,000)
+    online_steps: int = 20_000  # environment steps (paper: 100,000)
     optimism: bool = True  # choose among candidates; off: the policy's action with Gaussian noise of std sigma
     sigma: float = 0.2  # std of the candidates around the policy's action (paper: 0.05 outside locomotion)
     num_candidates: int = 100  # N
     omega: float = 0.0  # weight of the ensemble's standard deviation
-    updates_per_step: int = 20  # updates of the critics per environment step
-    eval_every: int = 100  # environment steps between evaluations
+    updates_per_step: int = 1  # updates of the critics per environment step (paper, on LAPO: 20)
+    eval_every: int = 1_000  # environment steps between evaluations
     eval_episodes: int = 10  # episodes of one evaluation, all at once
 
     batch_size: int | None = None  # transitions of one gradient step; None, here and below: as in the offline training
@@ -93,7 +93,7 @@ class Args:
 
 def settings(args):
     """What changes with the offline algorithm and the task; the command line still wins."""
-    values = {"online_steps": 50_000, "updates_per_step": 1, "eval_every": 1_000} if args.base == "iql" else {}
+    values = {"online_steps": 50_000} if args.base == "iql" else {}
     if args.env_id.startswith("antmaze"):
         values |= {"reward_bias": -1.0 * (args.base == "iql"), "sigma": 0.05, "eval_every": 5_000, "eval_episodes": 50}
     return values

@@ -105,10 +105,9 @@ MAZE_EXPERIMENTS = {script: {"full": FAST} for script in ("o2o_td3", "o2o_ppo", 
 EXPERIMENTS["critics"] = {"study": f"{SAC} --eval-every-updates 1000 {FAST}"}  # benchmark/critics.py
 # One seed each, on hopper-medium-v2: the default commands as they stand, and how budget and alpha change alignment
 DEFAULTS = {
-    "o2o_sac": f"{SAC} --online-steps 15000 --eval-every 1000 --eval-every-updates 5000",
+    "o2o_sac": f"{SAC} --online-steps 6000 --eval-every 1000 --eval-every-updates 5000",
     "o2o_td3": f"{TD3} --online-steps 50000",
     "o2o_ppo": PPO,
-    "o3f": "--base lapo --online-steps 1000 --eval-every 100 --updates-per-step 20",
 }
 STUDIES = {
     f"alignment-{n}": f"{SAC} --alignment-steps {n} --online-steps 4000 {FAST}"
