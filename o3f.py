@@ -94,6 +94,7 @@ class Args:
 def settings(args):
     """What changes with the offline algorithm and the task; the command line still wins."""
     values = {"online_steps": 50_000} if args.base == "iql" else {}
+    values |= {"sigma": 0.05} if args.env_id.startswith("kitchen") else {}
     if args.env_id.startswith("antmaze"):
         values |= {"reward_bias": -1.0 * (args.base == "iql"), "sigma": 0.05, "eval_every": 5_000, "eval_episodes": 50}
     return values

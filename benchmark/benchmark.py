@@ -85,10 +85,10 @@ EXPERIMENTS = {  # script: {variant: flags}
 BASELINES = ("rlpd", "wsrl", "cal_ql", "iql", "pex", "awac", "proto", "aca", "off2on")  # in baselines/
 EXPERIMENTS |= {
     "rlpd": {"full": f"--online-steps 50000 --eval-every 1000 {FAST}"},
-    "wsrl": {"full": f"--offline-steps 20000 --online-steps 20000 --eval-every 1000 {FAST}"},
+    "wsrl": {"full": f"--offline-steps 10000 --online-steps 20000 --eval-every 1000 {FAST}"},
     "cal_ql": {
-        "full": f"--offline-steps 20000 --online-steps 20000 --cql-actions 4 {FAST}",
-        "no-calibrate": f"--offline-steps 20000 --online-steps 20000 --cql-actions 4 {FAST} --no-calibrate",
+        "full": f"--offline-steps 10000 --online-steps 20000 --cql-actions 4 {FAST}",
+        "no-calibrate": f"--offline-steps 10000 --online-steps 20000 --cql-actions 4 {FAST} --no-calibrate",
     },
     "iql": {"full": f"--online-steps 50000 --eval-every 1000 {FAST}"},
     "pex": {"full": f"--online-steps 50000 --eval-every 1000 {FAST}"},
@@ -98,7 +98,7 @@ EXPERIMENTS |= {
         "td3": f"--offline-steps 100000 --online-steps 50000 --eval-every 1000 {FAST} --td3",
     },
     "aca": {"full": f"--offline-steps 100000 --online-steps 50000 --eval-every 1000 {FAST}"},
-    "off2on": {"full": f"--offline-steps 10000 --online-steps 50000 --eval-every 1000 {FAST}"},
+    "off2on": {"full": f"--offline-steps 5000 --online-steps 20000 --eval-every 1000 {FAST}"},
 }
 MAZES = ("antmaze-umaze-v2", "antmaze-umaze-diverse-v2")  # one seed
 MAZE_EXPERIMENTS = {script: {"full": FAST} for script in ("o2o_td3", "o2o_ppo", "iql")}  # by the scripts' settings

@@ -87,7 +87,7 @@ def parse_task(env_id):
     if env_id not in TASKS:
         near = difflib.get_close_matches(env_id, TASKS, n=len(TASKS), cutoff=0.0)
         raise UserError(f"unknown task '{env_id}'; known tasks, nearest first: {', '.join(near)}")
-    name, quality = env_id.removesuffix("-v2").split("-", 1)
+    name, quality = env_id.rsplit("-v", 1)[0].split("-", 1)
     return name, quality
 
 

@@ -2,7 +2,7 @@
 
     python offline/collect.py --env-id hopper-medium-v2  # makes `o2o/hopper-medium-v2` in the local Minari store
     python offline/collect.py --env-id hopper-medium-v2 --train  # trains the behaviour policies, by behaviour.py
-    python offline/collect.py --env-id antmaze-umaze-v2  # AntMaze, by its sibling collect_antmaze.py
+    python offline/collect.py --env-id antmaze-umaze-v2  # AntMaze, by its sibling collect_antmaze.py; so too Kitchen
 
 D4RL's protocol (Fu et al. 2020, arXiv 2004.07219) on gymnasium's v5 environments:
   random          uniform actions
@@ -50,9 +50,7 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = (
-        "hopper-medium-v2"  # {hopper,walker2d,halfcheetah}-{random,medium{,-replay,-expert},expert}-v2, antmaze
-    )
+    env_id: str = "hopper-medium-v2"  # task: {hopper,walker2d,halfcheetah}-..., antmaze-..., kitchen-...
     seed: int = 1  # the only seed: start states and action noise derive from it
     num_steps: int | None = None  # transitions; None: 1,000,000, for medium-replay as many as SAC took to medium
     num_envs: int = 64  # episodes rolled out at once, with one policy call for all
@@ -70,6 +68,7 @@ ENVS = {
 TASKS = [f"{env}-{q}-v2" for env in ENVS for q in ("random", "medium", "medium-replay", "medium-expert", "expert")]
 MAZES = "umaze umaze-diverse medium-play medium-diverse large-play large-diverse".split()
 TASKS += [f"antmaze-{maze}-v2" for maze in MAZES]
+TASKS += [f"kitchen-{demonstrations}-v0" for demonstrations in ("complete", "partial", "mixed")]
 
 
 def parse_task(env_id):
@@ -77,7 +76,7 @@ def parse_task(env_id):
     if env_id not in TASKS:
         near = difflib.get_close_matches(env_id, TASKS, n=len(TASKS), cutoff=0.0)
         raise UserError(f"unknown task '{env_id}'; known tasks, nearest first: {', '.join(near)}")
-    name, quality = env_id.removesuffix("-v2").split("-", 1)
+    name, quality = env_id.rsplit("-v", 1)[0].split("-", 1)
     return name, quality
 
 
@@ -323,10 +322,11 @@ def main(args: Args):
         if subprocess.run([sys.executable, here / "behaviour.py", *common, "--output", path]).returncode:
             raise UserError(f"{here / 'behaviour.py'} ended without policies, for the reason above")
         return
-    if name == "antmaze":
-        common += ["--behaviour", path, *(["--num-steps", str(args.num_steps)] if args.num_steps else [])]
-        if subprocess.run([sys.executable, here / "collect_antmaze.py", *common]).returncode:
-            raise UserError(f"{here / 'collect_antmaze.py'} ended without a dataset, for the reason above")
+    if name in ("antmaze", "kitchen"):
+        common += ["--behaviour", path] if name == "antmaze" else []
+        common += ["--num-steps", str(args.num_steps)] if args.num_steps else []
+        if subprocess.run([sys.executable, here / f"collect_{name}.py", *common]).returncode:
+            raise UserError(f"{here / f'collect_{name}.py'} ended without a dataset, for the reason above")
         return
     torch.set_num_threads(1)
     collect(args, path)

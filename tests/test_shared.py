@@ -14,7 +14,7 @@ import tyro
 from conftest import ROOT
 from torch import nn
 
-NO_TRAINING = ("collect", "collect_antmaze", "convert")
+NO_TRAINING = ("collect", "collect_antmaze", "collect_kitchen", "convert")
 ONLINE = sorted(ROOT.glob("*.py"))
 OFFLINE = sorted(ROOT.glob("offline/*.py"))
 BASELINES = sorted(ROOT.glob("baselines/*.py"))
