@@ -72,7 +72,7 @@ class Args:
     tau: float = 0.005  # Polyak rate of the targets
     learning_rate: float = 3e-4  # all networks and alpha
     q_weight: float = 30.0  # offline: weight of SAC's actor loss beside the likelihood, before division by mean |Q|
-    entropy_share: float = 1.0  # online: SAC's target entropy is minus this share of A
+    entropy_share: float = 1.0  # SAC's target entropy, offline and online, is minus this share of A
     prior_std: float = 7.0  # log pi_0 is bounded below by its value that many stds from the mean
     prior_steps: int = 40_000  # online updates in which w, the weight of log pi_0, would fall from 1 to 0
     prior_floor: float = 0.5  # where it stops
@@ -153,7 +153,7 @@ def make_offline_update(args, nets, optimizers, split):
         loss = likelihood_loss(log_prob, critics(obs, new_action), data_log_prob, alpha, args.q_weight)
         optimizers["actor"].minimize(loss)
         entropy = -log_prob.detach().mean()
-        optimizers["log_alpha"].minimize(log_alpha.exp() * (entropy + action.shape[1]))  # target: -A nats
+        optimizers["log_alpha"].minimize(log_alpha * (entropy + args.entropy_share * action.shape[1]))
         polyak(targets, critics, args.tau)
         values = numbers(critic_loss=critic_loss, baseline_loss=baseline_loss, policy_loss=loss, q_mean=q.mean())
         return values | numbers(z_mean=z.mean(), nll=-data_log_prob.mean(), alpha=alpha, entropy=entropy)
@@ -188,7 +188,7 @@ def make_update(args, nets, optimizers, split):
         loss = (alpha * log_prob - critics(obs, new_action).amin(0) - w * log_prior(obs, new_action)).mean()
         optimizers["online_actor"].minimize(loss)
         entropy = -log_prob.detach().mean()
-        optimizers["log_alpha"].minimize(log_alpha.exp() * (entropy + args.entropy_share * action.shape[1]))
+        optimizers["log_alpha"].minimize(log_alpha * (entropy + args.entropy_share * action.shape[1]))
         polyak(targets, critics, args.tau)
         values = numbers(critic_loss=critic_loss, policy_loss=loss, q_mean=q.mean(), alpha=alpha, entropy=entropy)
         return values | numbers(log_prior=log_prior(obs, new_action.detach()).mean())
@@ -223,7 +223,8 @@ def best_rows(rewards, last, episodes):
 
 
 def align(args, nets, optimizers, obs_dim):
-    """The border between the stages: R from Z, pi_0 from the policy, alpha 1, and no memory in the optimisers."""
+    """The border between the stages: R from Z, pi_0 from the policy, alpha 1, and no memory in the optimisers, so that
+    a run from --checkpoint is the same."""
     nets["critics"].load_state_dict(aligned_weights(nets["baseline"].state_dict(), obs_dim))
     nets["targets"].load_state_dict(nets["critics"].state_dict())
     nets["prior"].load_state_dict(nets["actor"].state_dict())
@@ -304,7 +305,8 @@ def train(args, run, data, saved):
     update = compile_update(make_update(args, nets, optimizers, data.split), args)
     train_online(args, run, update, data, score)
     progress["closing_score"], progress["closing_error"] = closing_score(args, nets["actor"], data, envs)
-    save_file(checkpoint(args, data, nets, args.online_steps, progress["closing_score"]), run.dir / "model.pt")
+    model = checkpoint(args, data, nets, args.online_steps, progress["closing_score"], ("actor", "prior", "critics"))
+    save_file(model, run.dir / "model.pt")
 
 
 ALGORITHM, KIND = "aca", "squashed_gaussian"  # this script, its policy class
@@ -642,11 +644,10 @@ def start_from(path, saved, nets):
     return nets
 
 
-def checkpoint(args, data, nets, step, score):
-    """Policy, Z and critics: plain tensors, numbers and strings."""
+def checkpoint(args, data, nets, step, score, names=("actor", "baseline")):
+    """Policy and Z, or what the online critic R + w log pi_0 is made of: plain tensors, numbers and strings."""
     origin = {"format": 1, "algorithm": ALGORITHM, "env_id": args.env_id, "dataset": data.name}
     policy = {"policy": {"kind": KIND, "hidden": [256, 256]}, "step": step, "score": score}
-    names = ("actor", "baseline", "critics")
     weights = {net: {key: x.cpu() for key, x in nets[net].state_dict().items()} for net in names}
     return {**origin, **policy, **weights, "args": asdict(args), "versions": versions()}
 

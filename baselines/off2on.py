@@ -1,8 +1,9 @@
 """Off2On: balanced replay and a pessimistic ensemble (Lee et al. 2021, arXiv 2107.00591), on top of CQL.
 
-Five CQL agents are pre-trained side by side. Online they act as one Gaussian, the moments of their mixture, and go on
-with SAC: five pairs of critics are more pessimistic about actions that no data supports than one. A network learns
-which transitions of the data look as if the present policy had made them, and these are replayed more often.
+Five CQL agents are pre-trained side by side. Online they act as one squashed Gaussian with the moments of their
+mixture, and go on with SAC: five pairs of critics are more pessimistic about actions that no data supports than one. A
+network learns which transitions of the data look as if the present policy had made them, and these are replayed more
+often.
 
     python baselines/off2on.py --env-id hopper-medium-v2  # pre-trains five agents, then goes on online
     python baselines/off2on.py --checkpoint RUN_DIR/offline.pt --seed 2  # the same start, without pre-training again
@@ -106,7 +107,7 @@ def moments(mean, log_std):
     - mu^2. mean, log_std (n, B, A) -> mu and log sigma (B, A)."""
     mu = mean.mean(0)
     variance = ((mean - mu) ** 2 + (2 * log_std).exp()).mean(0)
-    return mu, 0.5 * variance.log()
+    return mu, (0.5 * variance.log()).clamp(-20, 2)
 
 
 def conservative_gap(q_candidates, log_density, q_data, temperature, clip=None):
@@ -312,6 +313,9 @@ def train(args, run, data, saved):
         progress["start_score"] = score()["score"]
         print(f"offline policy: score {progress['offline_score']:.1f} +- {progress['offline_error']:.1f}", flush=True)
         save_file(checkpoint(args, data, nets, args.offline_steps, progress["offline_score"]), run.dir / "offline.pt")
+        run.generator.manual_seed(args.seed)  # the second stage is then the same with --checkpoint
+        nets["targets"].load_state_dict(nets["critics"].state_dict())
+        torch._foreach_zero_(optimizers["critics"].state_dict()["state"])
         run.enter("online")
     train_online(args, run, compile_update(make_update(args, nets, optimizers, data.split), args), data, score)
     progress["closing_score"], progress["closing_error"] = closing_score(args, nets["actor"], data, envs)
@@ -324,7 +328,7 @@ PRIVATE = "stage step episode_start"  # of a run's progress, not in summary.json
 RANGES = {
     (-(10**9), 10**9): "reward_bias",
     (0, 1): "gamma tau learning_rate policy_lr",
-    (0, 0.999): "online_share",
+    (0.001, 0.999): "online_share",
     (0, 10**9): "seed offline_steps online_steps cql_alpha",
     (
         1,

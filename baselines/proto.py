@@ -1,11 +1,11 @@
 """PROTO: iterative policy regularisation (Li et al. 2023, arXiv 2305.15669), on top of extreme Q-learning.
 
-Online the policy is held near a reference that trails it: the reference is a Polyak average of the policy itself, so
-the constraint never ends, but moves as fast as the policy proves to be better.
+Online the policy is held near a reference that trails it, a Polyak average of the policy itself: the constraint follows
+the policy, at a fixed rate, and its weight fades.
 
     python baselines/proto.py --env-id hopper-medium-v2  # pre-trains on the data, then goes on online
     python baselines/proto.py --td3  # PROTO+TD3: a deterministic policy online
-    python baselines/proto.py --checkpoint RUN_DIR/offline.pt --seed 2  # the same start, without pre-training again
+    python baselines/proto.py --checkpoint RUN_DIR/offline.pt --seed 2  # from there, not pre-trained anew
 
 Offline: V is fitted by Gumbel regression, so that it becomes the soft maximum of Q over the data's actions, Q
 bootstraps from V, and the policy imitates the better actions. Online: SAC, whose entropy is joined by the divergence
@@ -73,11 +73,11 @@ class Args:
     normalize_rewards: bool = True  # multiply them so that the returns of the data's episodes span 1000
     gamma: float = 0.99  # discount
     tau: float = 0.005  # Polyak rate of the critics' targets
-    tau_reference: float = 0.005  # of the reference policy: the smaller, the slower may the policy leave it
+    tau_reference: float = 0.005  # of the reference: the smaller, the longer is the policy held near the offline one
     learning_rate: float = 3e-4  # all networks and alpha
     layer_norm: bool = True  # in critics and V
     temperature: float = 2.0  # offline: of V's soft maximum and of the imitation; online: weight of the divergence
-    anneal_steps: int = 1_111_111  # environment steps until that weight has fallen to 0, linearly (authors: 1M / 0.9)
+    anneal_steps: int = 1_111_111  # environment steps until that weight is 0, linearly (authors: run length / 0.9)
     max_weight: float = 100.0  # largest weight of an imitated action
     alpha: float = 0.01  # initial temperature of SAC's entropy, tuned for -A/2 nats
     penalize_target: bool = True  # the critics' target pays for the divergence, and is paid for entropy
@@ -106,8 +106,8 @@ def value_target(reward, terminated, next_value, gamma):
 
 def gumbel_loss(advantage, temperature):
     """Extreme Q-learning's regression: E[exp(z) - z - 1], z = min(advantage / temperature, 7), advantage = min_j
-    Q_j(s,a) - V(s), (B,). Its minimum over V is temperature log E[exp(Q / temperature)]. Divided by the largest exp(z)
-    of the batch, or by 1/e if that is less, against overflow."""
+    Q_j(s,a) - V(s), (B,). Its minimum over V is temperature log E[exp(Q / temperature)]. Divided by
+    max(largest exp(z) of the batch, 1/e), against overflow."""
     z = (advantage / temperature).clamp(max=7)
     shift = z.detach().max().clamp(min=-1)
     return ((z - shift).exp() - (z + 1) * (-shift).exp()).mean()
@@ -142,18 +142,19 @@ def make_offline_update(args, nets, optimizers, split):
     def update(rows, noise):
         obs, action, reward, next_obs, terminated = split(rows)
         with torch.no_grad():
-            q_old, next_value = targets(obs, action).amin(0), value(next_obs)
-            target = value_target(reward, terminated, next_value, args.gamma)
+            q_old = targets(obs, action).amin(0)
         v = value(obs)
-        advantage = q_old - v
-        value_loss = gumbel_loss(advantage, args.temperature)
+        value_loss = gumbel_loss(q_old - v, args.temperature)
         optimizers["value"].minimize(value_loss)
+        with torch.no_grad():  # of V after its step
+            advantage = q_old - value(obs)
+            target = value_target(reward, terminated, value(next_obs), args.gamma)
         q = critics(obs, action)
         critic_loss = ((q - target) ** 2).mean(-1).sum()
         optimizers["critics"].minimize(critic_loss)
         polyak(targets, critics, args.tau)
         log_prob = gaussian_log_prob(*actor(obs), action)
-        loss = policy_loss(log_prob, advantage.detach(), 1 / args.temperature, args.max_weight)
+        loss = policy_loss(log_prob, advantage, 1 / args.temperature, args.max_weight)
         optimizers["actor"].minimize(loss)
         values = numbers(value_loss=value_loss, critic_loss=critic_loss, policy_loss=loss, q_mean=q.mean())
         return values | numbers(v_mean=v.mean(), std=actor.log_std.exp().mean())
@@ -162,8 +163,9 @@ def make_offline_update(args, nets, optimizers, split):
 
 
 def make_update(args, nets, optimizers, split):
-    """-> update(rows (B, 2 O + A + 2), noise (2, B, A) standard normal, weight of the divergence, which in {0, 1} (),
-    both), PROTO's online: SAC near the reference. `both` is read by TD3 alone: does the policy move as well?"""
+    """-> update(rows (B, 2 O + A + 2), noise (2, B, A) standard normal, weight of the divergence (), which in {0, 1} ():
+    the critic of the target with --no-minimum, both), PROTO's online: SAC near the reference. `both` is read by TD3
+    alone: does the policy move as well?"""
     actor, reference, critics, targets = (nets[key] for key in ("actor", "reference", "critics", "targets"))
     log_alpha = nets["log_alpha"][0]
 
@@ -184,7 +186,7 @@ def make_update(args, nets, optimizers, split):
         drawn_action, log_prob, drawn = actor.sample(obs, noise[1])
         near = gaussian_log_prob(*reference(obs), drawn)
         loss = (regulariser(log_prob, near, alpha, weight) - critics(obs, drawn_action).mean(0)).mean()
-        optimizers["actor"].minimize(loss)
+        optimizers["online_actor"].minimize(loss)
         entropy = -log_prob.detach().mean()
         optimizers["log_alpha"].minimize(log_alpha.exp() * (entropy + action.shape[1] / 2))  # target: -A/2 nats
         polyak(targets, critics, args.tau)
@@ -196,8 +198,9 @@ def make_update(args, nets, optimizers, split):
 
 
 def make_td3_update(args, nets, optimizers, split):
-    """-> update as above, PROTO+TD3's online. As in the authors' code the target's Q is of the reference's action, and
-    the noisy action of the policy enters the penalty alone, with the batch's mean; but with one critic drawn, its Q."""
+    """-> update as above, PROTO+TD3's online. As in the authors' code, with --minimum the target's Q is of the
+    reference's action, and the noisy action of the policy enters the penalty alone, as the batch's mean. With
+    --no-minimum Q is of the noisy action."""
     actor, reference, critics, targets = (nets[key] for key in ("actor", "reference", "critics", "targets"))
 
     def update(rows, noise, weight, which, both):
@@ -263,12 +266,12 @@ def draw_seeded(generator, first, own, offline, batch_size):
 
 
 def train_online(args, run, update, data, score):
-    """One environment step with an action drawn from the policy, then updates_per_step updates. The environment
-    receives exactly the action that the buffer stores."""
+    """One environment step with an action of the policy, drawn or with TD3's noise, then updates_per_step updates. The
+    environment receives exactly the action that the buffer stores."""
     progress, actor, generator = run.progress, run.nets["actor"], run.generator
     env, obs, buffer, first = online_start(args, run, data)
     seeds = torch.randperm(first, generator=torch.Generator().manual_seed(args.seed)).to(buffer.device)
-    seeds, offline = (seeds[:25_000], 0) if args.td3 else (seeds[:10_000], args.batch_size // 2)
+    seeds, offline = (seeds[:SEEDED_TD3], 0) if args.td3 else (seeds[:SEEDED], args.batch_size // 2)
     own = torch.cat([seeds, torch.arange(first, len(buffer), device=buffer.device)])  # rows of the online buffer
     seconds, count, values, weight = 0.0, 0, {}, torch.zeros((), device=buffer.device)
     for step in tqdm(range(progress["step"] + 1, args.online_steps + 1), desc="online", unit="step", disable=None):
@@ -292,7 +295,8 @@ def train_online(args, run, update, data, score):
             noise = torch.randn(2, args.batch_size, data.act_dim, generator=generator, device=generator.device)
             which = torch.randint(2, (), generator=generator, device=generator.device)
             both = not args.td3 or (step * args.updates_per_step + i) % 2 == 0  # TD3's delay
-            values |= update(buffer[index], noise, weight, which, both)
+            new = update(buffer[index], noise, weight, which, both)
+            values |= {key: value.clone() for key, value in new.items()}  # a later CUDA graph may write over them
         if args.cuda:
             torch.cuda.synchronize()  # for the clock; the next action would wait for the updates anyway
         seconds += time.monotonic() - clock
@@ -323,6 +327,7 @@ def train(args, run, data, saved):
     nets = {name: net.to(device) for name, net in nets.items()}
     names = ("actor", "critics", "value", "log_alpha")
     optimizers = {name: Adam(nets[name].parameters(), args.learning_rate) for name in names}
+    optimizers["online_actor"] = Adam(nets["actor"].parameters(), args.learning_rate)  # as in the authors' code: new
     optimizers["mean"] = Adam(nets["actor"].net.parameters(), args.learning_rate)  # TD3's policy has no std
     run.restore(nets, optimizers, torch.Generator(device).manual_seed(args.seed))
     envs = [data.make_env() for _ in range(args.eval_episodes)]
@@ -345,6 +350,7 @@ def train(args, run, data, saved):
     save_file(checkpoint(args, data, nets, args.online_steps, progress["closing_score"]), run.dir / "model.pt")
 
 
+SEEDED, SEEDED_TD3 = 10_000, 25_000  # transitions of the data that the online buffer begins with
 ALGORITHM, KIND = "proto", "tanh_gaussian"  # this script, its policy class
 RESUMABLE = "offline_steps online_steps compile num_threads track wandb_project_name wandb_entity"
 PRIVATE = "stage step episode_start"  # of a run's progress, not in summary.json

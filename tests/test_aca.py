@@ -154,6 +154,27 @@ def test_what_an_update_moves_and_compiled_equals_eager(kind, moved, monkeypatch
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
+def test_alpha_moves_towards_the_target_entropy():
+    for share, sign in ((-50.0, -1), (50.0, 1)):  # a target entropy far above, far below
+        for make, extra in ((aca.make_offline_update, ()), (aca.make_update, (torch.tensor(0.7),))):
+            args = aca.Args(entropy_share=share)
+            nets, optimizers, split, batch = made(args)
+            make(args, nets, optimizers, split)(*batch, *extra)
+            assert (nets["log_alpha"][0] + 1) * sign < 0, "too little entropy raises alpha"
+
+
+def test_the_online_actors_gradient_is_cut(tmp_path, monkeypatch, minari_store):
+    seen, real = [], aca.Run.restore
+
+    def restore(run, nets, optimizers, generator):
+        seen.append({name: optimizer.max_norm for name, optimizer in optimizers.items()})
+        return real(run, nets, optimizers, generator)
+
+    monkeypatch.setattr(aca.Run, "restore", restore)
+    aca.main(tiny(tmp_path / "run", online_steps=4))
+    assert seen[0].pop("online_actor") == 0.25 and set(seen[0].values()) == {None}
+
+
 @pytest.mark.parametrize("episodes", [0, 2])
 def test_what_a_run_draws(episodes, tmp_path, monkeypatch, minari_store):
     seen, real = [], aca.make_update
@@ -204,6 +225,8 @@ def test_a_cached_start_and_what_does_not_fit(tmp_path, minari_store):
     summary = aca.main(tiny(tmp_path / "second", checkpoint=str(start)))
     rows = [json.loads(line) for line in (tmp_path / "second/metrics.jsonl").read_text().splitlines()]
     assert {row["stage"] for row in rows} == {"online"} and summary["status"] == "complete"
+    with pytest.raises(aca.UserError, match="holds no networks"):  # Z belongs to the offline policy
+        aca.main(tiny(tmp_path / "third", checkpoint=str(tmp_path / "first/model.pt")))
     saved = torch.load(start, weights_only=True)
     saved["baseline"]["net.0.weight"] = torch.zeros(2, 3, 256)
     torch.save(saved, tmp_path / "other.pt")
@@ -219,4 +242,5 @@ def test_settings_of_the_tasks():
     assert [args.prior_floor for args in found] == [0, 0.5, 0.5, 1, 1]
     assert [args.prior_std for args in found] == [7, 7, 7, 15, 15]
     maze = aca.settings(aca.Args(env_id="antmaze-umaze-v2"))
+    assert maze["reward_bias"] == -1.0 and "best_episodes" not in maze
     assert (maze["prior_std"], maze["prior_steps"], maze["entropy_share"]) == (3.0, 200_000, 0.5)

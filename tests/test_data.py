@@ -178,7 +178,7 @@ def test_data_of_every_task_are_made_from_what_ships_and_read(task, monkeypatch,
 
 def test_the_tables_of_tasks_are_the_same():
     own = {"antmaze": behaviour.ENVS["antmaze"]}  # the ant's training; collect_antmaze.py makes the data
-    assert collect.ENVS | own == behaviour.ENVS and collect.TASKS == behaviour.TASKS
+    assert collect.ENVS | own == behaviour.ENVS and collect.TASKS[: len(behaviour.TASKS)] == behaviour.TASKS
     assert [task for task in collect.TASKS if task.startswith("antmaze")] == collect_antmaze.TASKS
 
 

@@ -230,6 +230,7 @@ def test_a_run_resumes_exactly(number, tmp_path, monkeypatch, minari_store):
     for net, state in saved[0]["nets"].items():
         assert all(torch.equal(value, saved[1]["nets"][net][key]) for key, value in state.items()), net
     assert torch.equal(saved[0]["priorities"], saved[1]["priorities"])
+    assert torch.equal(saved[0]["largest"], saved[1]["largest"])
 
 
 @pytest.mark.parametrize("bad", [torch.ones(3), None, "text", -1.0, float("nan")])
@@ -249,6 +250,9 @@ def test_a_cached_start_and_what_does_not_fit(tmp_path, minari_store):
     summary = off2on.main(tiny(tmp_path / "second", checkpoint=str(start)))
     rows = [json.loads(line) for line in (tmp_path / "second/metrics.jsonl").read_text().splitlines()]
     assert {row["stage"] for row in rows} == {"online"} and summary["status"] == "complete"
+    assert summary["scores"] == json.loads((tmp_path / "first/summary.json").read_text())["scores"], "the same start"
+    found = [off2on.settings(off2on.Args(env_id=f"{x}-v2")) for x in ("hopper-medium", "halfcheetah-medium")]
+    assert found == [{}, {"online_share": 0.75}]
     with pytest.raises(off2on.UserError, match="holds no networks"):
         off2on.main(tiny(tmp_path / "third", checkpoint=str(start), num_agents=3))
     assert not (tmp_path / "third").exists()

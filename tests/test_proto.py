@@ -53,6 +53,7 @@ def made(args, obs=5, act=2):
     with torch.no_grad():
         nets["reference"].log_std += 0.3  # so that the two policies differ
     optimizers = {key: proto.Adam(nets[key].parameters(), 1e-2) for key in ("actor", "critics", "value", "log_alpha")}
+    optimizers["online_actor"] = proto.Adam(nets["actor"].parameters(), 1e-2)
     optimizers["mean"] = proto.Adam(nets["actor"].net.parameters(), 1e-2)
     data = proto.Data("", torch.zeros(1, 2 * obs + act + 2), None, obs, act, (0, 1), None)
     generator = torch.Generator().manual_seed(0)
@@ -93,9 +94,35 @@ def test_what_an_update_moves(kind, moved):
     assert changed() == moved
 
 
+def test_the_offline_updates_numbers_by_hand():
+    args = proto.Args(temperature=4.0, max_weight=1.01)
+    nets, optimizers, split, (rows, noise) = made(args)
+    for name in ("actor", "critics"):
+        optimizers[name].lr = 0.0
+    rows[8:, -1] = 1
+    obs, action, reward, next_obs, terminated = split(rows)
+    before = deepcopy(nets["value"])
+    with torch.no_grad():
+        nets["targets"].net[-1].bias += torch.tensor([[[3.0]], [[4.0]]])  # so that they are not the critics
+        q = nets["targets"](obs, action).amin(0)
+        z = (q - before(obs)) / 4
+        value_loss = ((z - z.max()).exp() - (z + 1) * (-z.max()).exp()).mean()
+        log_prob = torch.distributions.Normal(nets["actor"](obs)[0], 1.0).log_prob(action).sum(-1)
+        q_now = nets["critics"](obs, action)
+    values = proto.make_offline_update(args, nets, optimizers, split)(rows, noise)
+    assert float(values["value_loss"]) == pytest.approx(float(value_loss), rel=1e-4)
+    with torch.no_grad():
+        y = reward + 0.99 * (1 - terminated) * nets["value"](next_obs)  # V after its step
+        weight = ((q - nets["value"](obs)) / 4).exp()
+        assert (weight < 1.01).any() or (weight > 1.01).any()
+        loss = -(weight.clamp(max=1.01) * log_prob).mean()
+    assert float(values["critic_loss"]) == pytest.approx(float(((q_now - y) ** 2).mean(-1).sum()), rel=1e-4)
+    assert float(values["policy_loss"]) == pytest.approx(float(loss), rel=1e-4)
+
+
 @pytest.mark.parametrize("penalize, minimum", [(True, True), (False, True), (True, False), (False, False)])
 def test_sacs_target_and_loss_by_hand(penalize, minimum):
-    args = proto.Args(penalize_target=penalize, minimum=minimum, learning_rate=0.0)
+    args = proto.Args(penalize_target=penalize, minimum=minimum, tau_reference=0.0)
     nets, optimizers, split, (rows, noise) = made(args)
     for optimizer in optimizers.values():
         optimizer.lr = 0.0
@@ -114,6 +141,18 @@ def test_sacs_target_and_loss_by_hand(penalize, minimum):
     assert float(values["critic_loss"]) == pytest.approx(float(critic_loss), rel=1e-4)
     assert float(values["policy_loss"]) == pytest.approx(float(loss), rel=1e-4)
     assert float(values["alpha"]) == pytest.approx(alpha)
+    # what the actor climbs: the gradient goes through the drawn action, to Q and both densities
+    loss = actor_loss_by_hand(nets, obs, noise[1], alpha, 1.5)
+    by_hand = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(nets["actor"].parameters()))])
+    mine = torch.cat([m.flatten() for m in optimizers["online_actor"].means]) / 0.1  # Adam's first moment, from 0
+    torch.testing.assert_close(mine, by_hand, rtol=1e-3, atol=1e-5)
+
+
+def actor_loss_by_hand(nets, obs, noise, alpha, weight):
+    density = lambda net, x: torch.distributions.Normal(net(obs)[0], net(obs)[1].exp()).log_prob(x).sum(-1)  # noqa: E731
+    raw = nets["actor"](obs)[0] + nets["actor"](obs)[1].exp() * noise
+    penalty = (alpha + weight) * density(nets["actor"], raw) - weight * density(nets["reference"], raw)
+    return (penalty - nets["critics"](obs, raw.clamp(-1, 1)).mean(0)).mean()
 
 
 @pytest.mark.parametrize("penalize, minimum", [(True, True), (False, False)])
@@ -180,14 +219,17 @@ def test_the_online_buffer_begins_with_some_of_the_data(offline):
         torch.testing.assert_close(counts / counts.sum(), torch.full((5,), 0.2), atol=0.02, rtol=0)
 
 
-@pytest.mark.parametrize("td3, seeded, offline", [(False, 10_000, 8), (True, 25_000, 0)])
+@pytest.mark.parametrize("td3, seeded, offline", [(False, 100, 8), (True, 250, 0)])
 def test_what_a_run_draws(td3, seeded, offline, tmp_path, monkeypatch, minari_store):
+    assert (proto.SEEDED, proto.SEEDED_TD3) == (10_000, 25_000)
+    monkeypatch.setattr(proto, "SEEDED", 100)
+    monkeypatch.setattr(proto, "SEEDED_TD3", 250)
     seen, real = [], proto.draw_seeded
     monkeypatch.setattr(proto, "draw_seeded", lambda *args: seen.append(args) or real(*args))
     proto.main(tiny(tmp_path / "run", td3=td3, online_steps=3, offline_steps=1))
     for step, (_, first, own, share, batch) in enumerate(seen, 1):
         data, online = own[own < first], own[own >= first]
-        assert len(data.unique()) == len(data) == min(seeded, first) and (share, batch) == (offline, 16)
+        assert len(data.unique()) == len(data) == seeded and (share, batch) == (offline, 16)
         assert online.tolist() == [first + i for i in range(step)]
     assert len(seen) == 3
 
@@ -243,3 +285,5 @@ def test_settings_of_the_tasks():
     assert proto.settings(proto.Args(env_id="halfcheetah-medium-v2")) == {"layer_norm": False}
     maze = proto.settings(proto.Args(env_id="antmaze-umaze-v2"))
     assert (maze["temperature"], maze["reward_bias"], maze["tau_reference"]) == (0.5, -1.0, 5e-5)
+    assert maze["offline_steps"] == 200_000 and not (maze["normalize_rewards"] or maze["penalize_target"])
+    assert not maze["minimum"]
