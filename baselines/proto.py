@@ -163,7 +163,7 @@ def make_offline_update(args, nets, optimizers, split):
 
 
 def make_update(args, nets, optimizers, split):
-    """-> update(rows (B, 2 O + A + 2), noise (2, B, A) standard normal, weight of the divergence (), which in {0, 1} ():
+    """-> update(rows (B, 2 O + A + 2), noise (2, B, A) standard normal, weight of the divergence (), which in {0, 1}:
     the critic of the target with --no-minimum, both), PROTO's online: SAC near the reference. `both` is read by TD3
     alone: does the policy move as well?"""
     actor, reference, critics, targets = (nets[key] for key in ("actor", "reference", "critics", "targets"))
