@@ -177,18 +177,20 @@ class Cook:
         for end in ends:
             self.go(end, speed, near=0.005, steps=steps, until=until)
 
-    def pull(self, handle, hinge, sign, until, lead):
-        """Grasps a handle (3,) and pulls it around a vertical hinge (2,), the hand `lead` radians ahead."""
+    def pull(self, site, jitter, hinge, sign, until, lead, rotation=None):
+        """Grasps the handle at `site()` (3,) and pulls it around a vertical hinge (2,), the hand `lead` radians ahead.
+        One that slips away is let go at once."""
+        handle = site() + jitter
         self.go((handle[0], 0.33, handle[2]), grip=0.04, near=0.05)
-        self.go((handle[0], handle[1] - 0.10, handle[2]), grip=0.04, near=0.02)
-        self.go(handle - [0, 0.005, 0], 0.6, grip=0.04, near=0.015)
+        self.go((handle[0], handle[1] - 0.10, handle[2]), 1.0, 0.04, near=0.02, steps=15, rotation=rotation)
+        self.go(handle - [0, 0.005, 0], 0.6, grip=0.04, near=0.015, steps=15, rotation=rotation)
         for _ in range(3):
             self.step(np.zeros(7), 0.0)
         radius = np.linalg.norm(handle[:2] - hinge)
         for _ in range(36):
-            if self.over or until():
-                break
             x, y = self.position[:2] - hinge
+            if self.over or until() or np.linalg.norm(self.position - site()) > 0.1:
+                break
             angle = math.atan2(y, x) + sign * lead
             target = (hinge[0] + radius * math.cos(angle), hinge[1] + radius * math.sin(angle), handle[2])
             self.go(target, 0.8, near=0.01, steps=2)
@@ -209,25 +211,36 @@ class Cook:
 
     def do(self, subtask):
         """One of SUBTASKS, from the start pose and back to it."""
-        joint, jitter = self.data.qpos, self.rng.uniform(-0.01, 0.01, 3)
+        joint, jitter = self.data.qpos, self.rng.uniform(-0.005, 0.005, 3)
         if subtask == "kettle":
-            x, goal = joint[23] + 0.03, np.asarray(OBS_ELEMENT_GOALS["kettle"])
-            there = lambda: np.linalg.norm(joint[23:30] - goal) < 0.22  # noqa: E731
+            x = joint[23] + 0.05
             ends = [jitter + (x, y, 1.74) for y in np.arange(0.2, 0.8, 0.06)]
-            self.push(jitter + (x, 0.10, 1.77), ends, there, steps=5, before=0.10)
+            self.push(jitter + (x, 0.10, 1.77), ends, lambda: joint[24] > 0.6, steps=5, before=0.10)
         elif subtask == "light switch":
-            ends = [jitter + (x, 0.58, 2.28) for x in (-0.36, -0.42, -0.48)]
-            self.push(jitter + (-0.29, 0.58, 2.28), ends, lambda: joint[17] < -0.6, steps=10)
+            ends = [jitter + (x, 0.59, 2.28) for x in (-0.36, -0.42, -0.48)]
+            self.push(jitter + (-0.29, 0.59, 2.28), ends, lambda: joint[17] < -0.6, steps=10)
         elif subtask == "slide cabinet":
             ends = [jitter + (x, 0.59, 2.6) for x in np.arange(-0.12, 0.4, 0.06)]
             self.push(jitter + (-0.21, 0.58, 2.58), ends, lambda: joint[19] > 0.2)
         elif subtask == "microwave":
-            self.pull(self.site("microhandle_site") + jitter, (-1.128, 0.455), -1, lambda: joint[22] < -0.6, 0.22)
+            self.pull(
+                lambda: self.site("microhandle_site"), jitter, (-1.128, 0.455), -1, lambda: joint[22] < -0.6, 0.22
+            )
         elif subtask == "hinge cabinet":
-            self.pull(self.site("hinge_site2") + jitter, (-0.224, 0.71), 1, lambda: joint[21] > 1.3, 0.3)
+            for _ in range(2):
+                if joint[21] < 1.1:
+                    self.pull(
+                        lambda: self.site("hinge_site2"),
+                        jitter,
+                        (-0.224, 0.71),
+                        1,
+                        lambda: joint[21] > 1.3,
+                        0.3,
+                        FORWARD,
+                    )
         else:
             site, index = {"bottom burner": ("knob2_site", 11), "top burner": ("knob4_site", 15)}[subtask]
-            self.twist(self.site(site) + jitter / 2, lambda: joint[index] < -0.75)
+            self.twist(self.site(site) + jitter, lambda: joint[index] < -0.75)
         self.home()
 
     def demonstration(self, subtasks, seed):
