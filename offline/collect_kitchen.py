@@ -43,7 +43,6 @@ import minari
 import mujoco
 import numpy as np
 import tyro
-from gymnasium_robotics.envs.franka_kitchen.kitchen_env import BONUS_THRESH, OBS_ELEMENT_GOALS, OBS_ELEMENT_INDICES
 from minari.data_collector import EpisodeBuffer
 from minari.namespace import create_namespace, list_local_namespaces
 from minari.storage.datasets_root_dir import get_dataset_path
@@ -82,9 +81,11 @@ FORWARD = np.array([[0.0, 1, 0], [0, 0, 1], [1, 0, 0]])  # the hand looks along 
 def done(observations, subtasks):
     """Which subtasks are done in each state: their joints within 0.3 of the goal, as in FrankaKitchen. observations
     (T, 59) -> bool (T, len(subtasks))."""
+    from gymnasium_robotics.envs.franka_kitchen import kitchen_env as facts
+
     joints = np.concatenate([observations[:, :9], observations[:, 18:39]], axis=1)
-    far = [np.linalg.norm(joints[:, OBS_ELEMENT_INDICES[x]] - OBS_ELEMENT_GOALS[x], axis=1) for x in subtasks]
-    return np.stack(far, axis=1) < BONUS_THRESH
+    off = [joints[:, facts.OBS_ELEMENT_INDICES[subtask]] - facts.OBS_ELEMENT_GOALS[subtask] for subtask in subtasks]
+    return np.stack([np.linalg.norm(x, axis=1) for x in off], axis=1) < facts.BONUS_THRESH
 
 
 def kitchen_rewards(observations, subtasks, way):
@@ -262,7 +263,7 @@ def orders(quality, rng):
             return four
 
 
-def evaluate(args, tries=50):
+def evaluate_arm(args, tries=50):
     """Prints how often each subtask succeeds from the start, and the four of the task one after the other."""
     cook = Cook(kitchen_env(SUBTASKS, endless=True), args.noise)
     for subtasks in (*((x,) for x in SUBTASKS), REWARDED[parse_quality(args.env_id)]):
@@ -394,7 +395,7 @@ def main(args: Args):
     parse_quality(args.env_id)
     if args.seed < 0 or not 0 <= args.noise <= 1 or (args.num_steps is not None and args.num_steps < 1):
         raise UserError("--seed has to be 0 or more, --num-steps 1 or more, and --noise between 0 and 1")
-    evaluate(args) if args.evaluate else collect_kitchen(args)
+    evaluate_arm(args) if args.evaluate else collect_kitchen(args)
 
 
 if __name__ == "__main__":

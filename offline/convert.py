@@ -2,6 +2,7 @@
 
     python offline/convert.py hopper.hdf5 --to mine/hopper-medium-v2 --env Hopper-v4  # a file in D4RL's layout
     python offline/convert.py D4RL/pointmaze/umaze-v2 --to mine/umaze-v0  # a Minari dataset, downloaded if need be
+    python offline/convert.py D4RL/kitchen/complete-v2 --to d4rl/kitchen-complete-v0  # human demonstrations
     python o2o_sac.py --env-id hopper-medium-v2 --dataset mine/hopper-medium-v2  # and that is how it is used
 
 A D4RL file has no next state where an episode ends by time limit: that last step is dropped. D4RL collected its
@@ -10,6 +11,11 @@ locomotion data on the environments that gymnasium calls v4; it is the user who 
 Of a Minari dataset the environment comes along, and its wrappers. A dictionary of observations is flattened (--keys
 chooses from it), and actions of another box are rescaled: by wrappers of gymnasium that become part of the dataset's
 environment, so that the policy meets the same numbers online.
+
+Kitchen: the joints of robot and objects are kept, not the goal, which never changes. The environment pays 1 for each
+subtask when it is first done and ends when all are, so a score is D4RL's, in per cent of 4; the data pay at every step
+for all that is done at the moment, as D4RL's do, and end with their last row (--kitchen-reward relabelled), or as the
+environment does. D4RL's own Kitchen files hold no speeds, which the environment observes: they cannot be used.
 
 All that can be wrong with foreign data is looked for here, before the first write: missing keys, lengths, dimensions,
 numbers that are not finite, an environment that gymnasium does not know.
@@ -27,6 +33,7 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import gymnasium as gym
 import h5py
@@ -46,6 +53,7 @@ class Args:
     keys: tuple[str, ...] = ()  # of a dictionary of observations, the parts to keep; none: all
     ref_min: float | None = None  # return of 0 points; None: the source's, or D4RL's for its environments
     ref_max: float | None = None  # return of 100 points
+    kitchen_reward: Literal["relabelled", "environment"] = "relabelled"  # Kitchen: at every step while done, or once
     overwrite: bool = False  # replace the dataset if it exists
 
 
@@ -55,6 +63,11 @@ REFERENCES = {
     "Walker2d": (1.629008, 4592.3),
     "HalfCheetah": (-280.178953, 12135.0),
     "Ant": (-325.6, 3879.7),
+    "AdroitHandPen": (96.262799, 3076.8331),
+    "AdroitHandDoor": (-56.512833, 2880.5693),
+    "AdroitHandHammer": (-274.856578, 12794.1348),
+    "AdroitHandRelocate": (-6.425911, 4233.8778),
+    "FrankaKitchen": (0.0, 4.0),
 }
 
 
@@ -151,6 +164,45 @@ def flat_environment(env, keys):
     return env, observations, actions
 
 
+def done(observations, subtasks):
+    """Which subtasks are done in each state: their joints within 0.3 of the goal, as in FrankaKitchen. observations
+    (T, 59) -> bool (T, len(subtasks))."""
+    from gymnasium_robotics.envs.franka_kitchen import kitchen_env as facts
+
+    joints = np.concatenate([observations[:, :9], observations[:, 18:39]], axis=1)
+    off = [joints[:, facts.OBS_ELEMENT_INDICES[subtask]] - facts.OBS_ELEMENT_GOALS[subtask] for subtask in subtasks]
+    return np.stack([np.linalg.norm(x, axis=1) for x in off], axis=1) < facts.BONUS_THRESH
+
+
+def kitchen_rewards(observations, subtasks, way):
+    """Rewards (T,) of the states (T + 1, 59) of an episode: `relabelled` the number of subtasks that are done after the
+    step, as in D4RL's data, `environment` the number of those that are done for the first time."""
+    now = done(observations[1:], subtasks)
+    first = now & (now.cumsum(0) == 1)
+    return (now if way == "relabelled" else first).sum(1).astype(np.float32)
+
+
+def as_kitchen(episode, subtasks, way):
+    """An episode (observations (T + 1, 59), actions, rewards, terminations) with the rewards and the end that `way`
+    names: `relabelled` the data's own rewards and an end with the last row, `environment` 1 for each subtask when it is
+    first done, and an end with the last of them."""
+    obs, actions, rewards, _ = episode
+    if way == "relabelled":
+        return obs, actions, rewards, np.arange(len(actions)) == len(actions) - 1
+    whole = (done(obs[1:], subtasks).cumsum(0) > 0).all(1)
+    stop = int(whole.argmax()) + 1 if whole.any() else len(actions)
+    return obs[: stop + 1], actions[:stop], kitchen_rewards(obs, subtasks, way)[:stop], whole[:stop]
+
+
+def make(env_id):
+    """An environment of gymnasium's, or of Gymnasium-Robotics."""
+    if env_id not in gym.registry:
+        import gymnasium_robotics
+
+        gym.register_envs(gymnasium_robotics)
+    return gym.make(env_id)
+
+
 def is_flat(space):
     return isinstance(space, gym.spaces.Box) and len(space.shape) == 1
 
@@ -170,7 +222,11 @@ def convert(args):
         raw, source = read_minari(name)
         references = tuple(source.storage.metadata.get(key) for key in ("ref_min_score", "ref_max_score"))
     try:
-        env = gym.make(args.env) if args.env else source.recover_environment()
+        env = make(args.env) if args.env else source.recover_environment()
+        kitchen = env.spec.id.startswith("FrankaKitchen")
+        if kitchen:  # as D4RL scores it; the data were collected without end, and paid at every step
+            goal = sorted(env.unwrapped.goal)
+            env = gym.make(env.spec.id, tasks_to_complete=goal, disable_env_checker=True)
         limit = env.spec.max_episode_steps
         known = REFERENCES.get(env.spec.id.split("-v")[0], (None, None))
     except Exception as error:  # whatever gymnasium or the simulator raises
@@ -178,9 +234,11 @@ def convert(args):
         raise UserError(f"the environment of {name} cannot be made here ({reason}); name another with --env") from error
     if limit is None:
         raise UserError(f"{env.spec.id} has no time limit, so an evaluation on it might never end")
+    if from_file and kitchen:
+        raise UserError(f"{name}: D4RL's Kitchen files hold no speeds; use Minari's, such as D4RL/kitchen/complete-v2")
     if from_file:
         raw = read_d4rl(name, limit)
-    env, observations, actions = flat_environment(env, args.keys)
+    env, observations, actions = flat_environment(env, ("observation",) if kitchen else args.keys)
     (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
     episodes = []
     for i, (obs, action, reward, ends) in enumerate(raw):
@@ -193,6 +251,9 @@ def convert(args):
             raise UserError(f"{name}, episode {i}: observations and actions have shapes {shapes}, expected {expected}")
         if not all(np.isfinite(x).all() for x in (obs, action, reward)):
             raise UserError(f"{name}, episode {i} holds NaN or infinite numbers; remove it first")
+        if kitchen:
+            obs, action, reward, ends = as_kitchen((obs, action, reward, ends), goal, args.kitchen_reward)
+            steps = len(reward)
         truncated = np.zeros(steps, bool)
         truncated[-1] = not ends[-1]
         rewards, ends = np.asarray(reward, np.float32), np.asarray(ends, bool)

@@ -168,6 +168,60 @@ def test_a_dictionary_of_observations_is_flattened_as_the_environment_does_it(mi
         convert.main(convert.Args(source=name, to="mine/nothing-v0", keys=("velocity",)))
 
 
+@pytest.fixture(scope="module")
+def human(minari_store):
+    """A dataset in the layout of D4RL/kitchen at Minari's remote: nested dictionaries, no ends, rewards for all that is
+    done at the moment. Of two subtasks that the scripted arm does. -> its id, the observations, the rewards"""
+    import collect_kitchen
+
+    subtasks, settings = ["slide cabinet", "light switch"], {"max_episode_steps": 450}
+    settings |= {"remove_task_when_completed": False, "terminate_on_tasks_completed": False}
+    env = gym.make("FrankaKitchen-v1", tasks_to_complete=subtasks, **settings)
+    cook = collect_kitchen.Cook(collect_kitchen.kitchen_env(collect_kitchen.SUBTASKS, endless=True), 0.0)
+    obs, actions, *_ = cook.demonstration(subtasks, [1, 1])
+    facts = collect_kitchen.gymnasium_robotics.envs.franka_kitchen.kitchen_env
+    joints = np.concatenate([obs[:, :9], obs[:, 18:39]], axis=1)
+    many = {"observation": obs.astype(np.float64)}
+    many["achieved_goal"] = {x: joints[:, facts.OBS_ELEMENT_INDICES[x]].astype(np.float64) for x in subtasks}
+    many["desired_goal"] = {x: np.tile(facts.OBS_ELEMENT_GOALS[x], (len(obs), 1)) for x in subtasks}
+    rewards = collect_kitchen.kitchen_rewards(obs, subtasks, "relabelled")
+    flags = np.zeros(len(actions), bool), np.arange(len(actions)) == len(actions) - 1
+    episode = EpisodeBuffer(None, 0, None, many, actions.astype(np.float64), rewards, *flags)
+    minari.create_dataset_from_buffers("mine/human-v2", [episode], env=env, author_email="a@b.c")
+    return "mine/human-v2", obs, rewards
+
+
+def test_kitchen_as_d4rl_has_it(human):
+    name, obs, rewards = human
+    data = converted(name)
+    assert torch.equal(data.split(data.rows)[0], torch.as_tensor(obs[:-1], dtype=torch.float32))
+    assert data.split(data.rows)[2].tolist() == rewards.tolist() and rewards.sum() > 50
+    assert data.rows[:, -1].tolist() == [0.0] * (len(rewards) - 1) + [1.0]
+    env = data.make_env()
+    assert env.spec.max_episode_steps == 280 and env.unwrapped.remove_task_when_completed
+    assert env.unwrapped.terminate_on_tasks_completed and set(env.unwrapped.goal) == {"slide cabinet", "light switch"}
+    assert data.references == (0, 4) and env.reset(seed=0)[0].shape == (59,)
+
+
+def test_kitchen_as_the_environment_pays(human):
+    name, _, rewards = human
+    data = converted(name, "--kitchen-reward", "environment")
+    reward, terminated = data.split(data.rows)[2], data.rows[:, -1]
+    first = [int((rewards >= n).argmax()) for n in (1, 2)]
+    assert torch.nonzero(reward).flatten().tolist() == first and reward.sum() == 2
+    assert len(reward) == first[1] + 1 and terminated.sum() == terminated[-1] == 1, "ends with the last subtask"
+
+
+def test_d4rls_kitchen_files_are_refused_and_adroits_are_read(tmp_path):
+    n = 9
+    shapes = {"observations": np.zeros((n, 60), np.float32), "actions": np.zeros((n, 9), np.float32)}
+    with pytest.raises(convert.UserError, match="hold no speeds"):
+        converted(write_d4rl(tmp_path / "kitchen.hdf5", **shapes), "--env", "FrankaKitchen-v1")
+    shapes = {"observations": np.zeros((n, 39), np.float32), "actions": np.zeros((n, 28), np.float32)}
+    data = converted(write_d4rl(tmp_path / "door.hdf5", **shapes), "--env", "AdroitHandDoor-v1")
+    assert data.references == (-56.512833, 2880.5693) and data.make_env().spec.id == "AdroitHandDoor-v1"
+
+
 def test_a_foreign_dataset_runs_no_code(minari_store, tmp_path, capsys, monkeypatch):
     """Neither its environment nor a wrapper, and also not if Minari has to make the environment to open the dataset."""
     episode = pendulum_episode(gym.make("Pendulum-v1", max_episode_steps=60), 0)
