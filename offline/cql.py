@@ -710,15 +710,16 @@ def parse_args(argv=None):
         return tyro.cli(Args, args=argv, default=replace(Args(), **settings(args)))
     try:
         stored = json.loads((Path(args.resume) / "args.json").read_text())
-        algorithm, default = stored.pop("algorithm"), Args(**{**stored, "resume": args.resume})
+        if (algorithm := stored.pop("algorithm")) != ALGORITHM:
+            raise ValueError(f"it is a run of {algorithm}")
+        default = Args(**{**stored, "resume": args.resume})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{args.resume} holds no run of this script that could be resumed ({error})") from error
+    check_ranges(default)
     args = tyro.cli(Args, args=argv, default=default)
-    changed = [flag for flag, value in asdict(args).items() if value != getattr(default, flag)]
-    if algorithm != ALGORITHM or not set(changed) <= set(RESUMABLE.split()):
-        raise UserError(
-            f"{args.resume} is a run of {algorithm}; when it is resumed, only these may change: {RESUMABLE}"
-        )
+    changed = {flag for flag, value in asdict(args).items() if value != getattr(default, flag)}
+    if not changed <= set(RESUMABLE.split()):
+        raise UserError(f"when {args.resume} is resumed, only these may change: {RESUMABLE}")
     return args
 
 
