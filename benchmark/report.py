@@ -12,6 +12,7 @@ The same runs give the same bytes. A folder that cannot be read is named in a wa
 import csv
 import io
 import json
+import math
 import pickle
 import re
 import sys
@@ -80,8 +81,8 @@ NAIVE = {  # the same online algorithms without the method, for the table in REA
     "O2SAC": ("SAC, started naively", "o2o_sac", "naive"),
     "O2TD3": ("TD3, started naively", "o2o_td3", "naive"),
     "O2PPO": ("PPO, started naively", "o2o_ppo", "naive"),
-    "O3F on IQL": ("IQL goes on, with noise", "o3f_iql", "iql-noise"),
-    "O3F on LAPO": ("LAPO goes on, with noise", "o3f_lapo", "lapo-noise"),
+    "O3F on IQL": ("its IQL, with noise instead", "o3f_iql", "iql-noise"),
+    "O3F on LAPO": ("its LAPO, with noise instead", "o3f_lapo", "lapo-noise"),
 }
 STUDIED = [group for group, (script, _) in GROUPS.items() if script in ("o2o_sac", "o2o_td3", "o2o_ppo", "o3f")]
 TITLES = {group: title for title, (group, variant) in METHODS.items() if group in STUDIED and variant != "full-8000"}
@@ -281,7 +282,7 @@ def comparison_table(runs):
         costs = [
             f"{np.mean([run[key] for run in found]):,.0f}" for key in ("online_steps", "selection_steps", "minutes")
         ]
-        rows.append((np.mean([run["final"] for run in found]), [title, len(found), *cells, *costs]))
+        rows.append((interval([[run["final"] for run in found]])[0], [title, len(found), *cells, *costs]))
     head = ["method", "seeds", "offline", "last 5 evaluations", "mean online", "lowest online"]
     rows = [row for _, row in sorted(rows, key=lambda row: -row[0])]
     return table([*head, "environment steps", "selection steps", "minutes"], rows)
@@ -313,6 +314,11 @@ def main_table(runs):
     return table(["method", "online steps", *(task.removesuffix("-v2") for task in tasks)], rows)
 
 
+def rounded(x):
+    """To the nearest whole number, halves up: Python's own rounding takes 68.5 to 68 and 69.5 to 70."""
+    return math.floor(x + 0.5)
+
+
 def main_cell(runs, measured):
     if not runs:
         return "–"
@@ -320,8 +326,8 @@ def main_cell(runs, measured):
     known = measured.get(policies.pop()) if len(policies) == 1 else None
     offline = known["score"] if known else interval([[run["offline"] for run in runs]])[0]
     mean, low, high = interval([[run["final"] for run in runs]])
-    spread = "" if low is None else f" [{low:.0f}, {high:.0f}]"
-    return f"{offline:.0f} → {mean:.0f}{spread} ({len(runs)})"
+    spread = "" if low is None else f" [{rounded(low)}, {rounded(high)}]"
+    return f"{rounded(offline)} → {rounded(mean)}{spread} ({len(runs)})"
 
 
 def load_policy(path):

@@ -141,7 +141,7 @@ def test_help_of_a_task_shows_what_will_be_used(capsys, monkeypatch):
 
 def documented_commands():
     """(where, script, arguments) of every `python ....py` in the prose and in the scripts' docstrings."""
-    prose = [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "results/README.md"]
+    prose = [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "results/README.md", ROOT / "results/studies/README.md"]
     texts = {
         str(path.relative_to(ROOT)): "\n".join(re.findall(r"^```bash\n(.*?)^```", path.read_text(), re.M | re.S))
         for path in prose
