@@ -15,7 +15,8 @@ by error alone, so the first updates destroy the policy. Only the offline *polic
 In the released code the term of the reference cancels: shapes (N,) and (N, 1) are added. Here it is added sample by
 sample; --no-align is what that code did. docs/method.md has what else differs.
 
-The method ends with `train`. What follows (networks, data, run folder) is the same in every script.
+The method ends with `train`. What follows is plumbing (networks, data, run folder), the same in every script but for
+the policy's class.
 """
 
 import fcntl

@@ -17,7 +17,8 @@ whatever trained it:
 
 What differs from the paper and from the released code: docs/method.md.
 
-The method ends with `train`. What follows (networks, data, run folder) is the same in every script.
+The method ends with `train`. What follows is plumbing (networks, data, run folder), the same in every script but for
+the policy's class.
 """
 
 import fcntl

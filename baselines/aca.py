@@ -11,7 +11,8 @@ w log pi_0(a|s), pi_0 the frozen offline policy. R starts as Z, so the policy ma
 The online buffer is new, with the 50 best episodes of the data if these hold good ones (medium-replay and better). One
 update per environment step, from the first on. On AntMaze the authors' policy is not squashed, here it is.
 
-The method ends with `train`. What follows (networks, data, run folder) is the same in every script.
+The method ends with `train`. What follows is plumbing (networks, data, run folder), the same in every script but for
+the policy's class.
 """
 
 import fcntl

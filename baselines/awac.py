@@ -10,7 +10,8 @@ The update is the same in both stages. One buffer holds all data and what is col
 update per environment step. As in CORL, locomotion rewards are scaled so that the data's returns span 1000, actor and
 critics have three hidden layers, the policy is a Gaussian with a state-independent std and a mean that is not squashed.
 
-The method ends with `train`. What follows (networks, data, run folder) is the same in every script.
+The method ends with `train`. What follows is plumbing (networks, data, run folder), the same in every script but for
+the policy's class.
 """
 
 import fcntl

@@ -16,7 +16,8 @@ for its returns are known only then; the conservative term stays on. With --sche
 The bound is biased where a time limit ends an episode: what would have followed is missing from its returns.
 Networks and numbers are CORL's on locomotion and the authors' on AntMaze; Adam starts anew online.
 
-The method ends with `train`. What follows (networks, data, run folder) is the same in every script.
+The method ends with `train`. What follows is plumbing (networks, data, run folder), the same in every script but for
+the policy's class.
 """
 
 import fcntl

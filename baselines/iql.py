@@ -11,7 +11,8 @@ Starts from a checkpoint of offline/iql.py, critics and V included. One buffer h
 is sampled uniformly; one update per environment step. As in the authors' code the policy's learning rate does not decay
 online (CORL's goes on along the cosine: it is 0 at the switch and climbs back).
 
-The method ends with `train`. What follows (networks, data, run folder) is the same in every script.
+The method ends with `train`. What follows is plumbing (networks, data, run folder), the same in every script but for
+the policy's class.
 """
 
 import fcntl

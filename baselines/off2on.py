@@ -11,7 +11,8 @@ often.
 Online in rounds of 1,000 environment steps and as many updates (the first round: five times as many). New transitions
 enter with so large a priority that the first round's make up half of each batch.
 
-The method ends with `train`. What follows (networks, data, run folder) is the same in every script.
+The method ends with `train`. What follows is plumbing (networks, data, run folder), the same in every script but for
+the policy's class.
 """
 
 import fcntl

@@ -11,7 +11,8 @@ offline behaviour cannot be forgotten, and is left only where the critics prefer
 Half of each batch is data, half is online; updates begin after 5,000 steps. Evaluation picks the better of the two
 modes; the authors' draws at random in one case of ten. `score` is the composite's; model.pt holds both policies.
 
-The method ends with `train`. What follows (networks, data, run folder) is the same in every script.
+The method ends with `train`. What follows is plumbing (networks, data, run folder), the same in every script but for
+the policy's class.
 """
 
 import fcntl

@@ -12,7 +12,8 @@ bootstraps from V, and the policy imitates the better actions. Online: SAC, whos
 from the reference, or TD3, where it is the squared distance. Half of each batch is data; the rest comes from a buffer
 that begins with 10,000 of its transitions (TD3: all of it, from one that begins with 25,000).
 
-The method ends with `train`. What follows (networks, data, run folder) is the same in every script.
+The method ends with `train`. What follows is plumbing (networks, data, run folder), the same in every script but for
+the policy's class.
 """
 
 import fcntl

@@ -12,7 +12,8 @@ last batch. There is no offline policy: `offline_score` is that of the untrained
 has no entropy bonus in the target, takes the least of one critic, and learns from r - 1. Other than there, observations
 are standardised by the data's mean and std.
 
-The method ends with `train`. What follows (networks, data, run folder) is the same in every script.
+The method ends with `train`. What follows is plumbing (networks, data, run folder), the same in every script but for
+the policy's class.
 """
 
 import fcntl

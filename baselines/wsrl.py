@@ -18,7 +18,8 @@ pre-trained by CQL and AntMaze by Cal-QL, and targets have no entropy bonus. Oth
 standardised, Adam starts anew in stage 2, the actor has no layer normalisation and always a std that depends on the
 state.
 
-The method ends with `train`. What follows (networks, data, run folder) is the same in every script.
+The method ends with `train`. What follows is plumbing (networks, data, run folder), the same in every script but for
+the policy's class.
 """
 
 import fcntl

@@ -102,6 +102,9 @@ EXPERIMENTS |= {
 }
 MAZES = ("antmaze-umaze-v2", "antmaze-umaze-diverse-v2")  # one seed
 MAZE_EXPERIMENTS = {script: {"full": FAST} for script in ("o2o_td3", "o2o_ppo", "iql")}  # by the scripts' settings
+KITCHENS = ("kitchen-complete-v0", "kitchen-partial-v0")  # one seed
+KITCHEN = f"--base iql --online-steps 20000 --eval-every 2000 {FAST}"
+KITCHEN_EXPERIMENTS = {"o3f": {"iql": KITCHEN, "iql-noise": f"{KITCHEN} --no-optimism"}}
 EXPERIMENTS["critics"] = {"study": f"{SAC} --eval-every-updates 1000 {FAST}"}  # benchmark/critics.py
 # One seed each, on hopper-medium-v2: the default commands as they stand, and how budget and alpha change alignment
 DEFAULTS = {
@@ -244,16 +247,16 @@ def all_jobs(args):
         fine_tuning.append(Job(path, task, variant, seed, last_of_each(words), policy))
 
     for script, variants in EXPERIMENTS.items():
-        for task in args.task or (HOPPER, *OTHERS, *MAZES):
+        for task in args.task or (HOPPER, *OTHERS, *MAZES, *KITCHENS):
             short = not args.task and task != HOPPER
-            maze = task.startswith("antmaze")
-            for variant, flags in (MAZE_EXPERIMENTS.get(script, {}) if maze else variants).items():
+            own = {"antmaze": MAZE_EXPERIMENTS, "kitchen": KITCHEN_EXPERIMENTS}.get(task.split("-")[0])
+            for variant, flags in (variants if own is None else own.get(script, {})).items():
                 base = base_of(script, variant)
                 ships = base is None or (ROOT / "offline/checkpoints" / task / f"{base}.pt").exists()
                 if short and not ships and not args.pretrain:
                     continue
                 for seed in args.seed:
-                    if not short or (variant in ("full", "full-8000", "iql") and seed <= (1 if maze else 3)):
+                    if not short or (seed == 1 if own else seed <= 3 and variant in ("full", "full-8000", "iql")):
                         add(script, task, variant, seed, flags)
         if HOPPER in (args.task or (HOPPER,)) and 1 in args.seed and not args.paper:
             if script in DEFAULTS:

@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 TASKS = [f"{env}-{data}-v2" for data in ("medium", "medium-replay") for env in ("hopper", "walker2d", "halfcheetah")]
 MAZES = [f"antmaze-{maze}-v2" for maze in ("umaze", "umaze-diverse")]
+KITCHENS = ["kitchen-complete-v0", "kitchen-partial-v0"]
 ABLATIONS = {
     "full": "full method",
     "no-reevaluate": "no re-evaluation",
@@ -305,13 +306,16 @@ def main_table(runs):
         lines += [NAIVE[title]] if title in NAIVE else []
         lines.append((title.split(",")[0], group, variant))
     found = {group: chosen(runs, group) for _, group, _ in lines}
-    tasks, rows = [task for task in (*TASKS, *MAZES) if any(task in by_task for by_task in found.values())], []
+    tasks, rows = (
+        [task for task in (*TASKS, *MAZES, *KITCHENS) if any(task in by_task for by_task in found.values())],
+        [],
+    )
     for title, group, variant in lines:
         cells = [found[group].get(task, {}).get(variant, []) for task in tasks]
         if steps := sorted({run["online_steps"] for cell in cells for run in cell}):
             budget = " / ".join(f"{n:,}" for n in steps)
             rows.append([title, budget, *(main_cell(cell, measured) for cell in cells)])
-    return table(["method", "online steps", *(task.removesuffix("-v2") for task in tasks)], rows)
+    return table(["method", "online steps", *(task.rsplit("-v", 1)[0] for task in tasks)], rows)
 
 
 def rounded(x):
@@ -341,7 +345,7 @@ def megabytes(path):
 def checkpoint_table():
     """The offline policies that ship, their last evaluation in training and their score by tools/enjoy.py."""
     rows, (episodes, measured) = [], measured_policies()
-    for path, saved in readable(load_policy, (ROOT / "offline/checkpoints").glob("*-v2/*.pt")):
+    for path, saved in readable(load_policy, (ROOT / "offline/checkpoints").glob("*-v[0-9]/*.pt")):
         name, score = f"{path.parent.name}/{path.name}", saved.get("score")
         critics = f"{saved['num_critics']} critics" if "num_critics" in saved else "policy only"
         mean = "{score:.1f} ± {error:.1f}".format(**measured[name]) if name in measured else "–"

@@ -11,7 +11,8 @@ TD3+BC policy scored 108, 56, 73, 37 at successive checks. Writes a run folder a
 teacher's score too. A Decision Transformer, whose action depends on the episode so far, is asked once about every step
 of the data; its copy knows the observation alone.
 
-The method ends with `train`. What follows (networks, data, run folder) is the same in every script.
+The method ends with `train`. What follows is plumbing (networks, data, run folder), the same in every script but for
+the policy's class.
 """
 
 import fcntl

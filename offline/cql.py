@@ -13,7 +13,8 @@ The variant is CQL(H) with importance weights. --lagrange, --max-backup and --cl
 AntMaze runs use. As in the common PyTorch versions, and other than in the paper: no entropy in the backup, and a small
 learning rate for the policy.
 
-The method ends with `train`. What follows (networks, data, run folder) is the same in every script.
+The method ends with `train`. What follows is plumbing (networks, data, run folder), the same in every script but for
+the policy's class.
 """
 
 import fcntl

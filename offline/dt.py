@@ -13,7 +13,8 @@ has made a policy of one observation out of it. Differs from the authors' code: 
 rate that falls to 0 over --updates (so a run that is resumed for longer is not the longer run) and not LAMB, padding
 has no part in the entropy, and no episode of the data is left out.
 
-The method ends with `train`. What follows (networks, data, run folder) is the same in every script.
+The method ends with `train`. What follows is plumbing (networks, data, run folder), the same in every script but for
+the policy's class.
 """
 
 import fcntl

@@ -12,7 +12,8 @@ Writes a run folder, and `offline/checkpoints/<env_id>/iql.pt` (with another num
 observation statistics, critics, V, the scale of the rewards, score. The policy's learning rate falls over --updates, so
 a run that is resumed for longer is not the longer run.
 
-The method ends with `train`. What follows (networks, data, run folder) is the same in every script.
+The method ends with `train`. What follows is plumbing (networks, data, run folder), the same in every script but for
+the policy's class.
 """
 
 import fcntl

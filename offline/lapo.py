@@ -13,7 +13,8 @@ All networks see standardised observations and actions.
 Writes a run folder, and `offline/checkpoints/<env_id>/lapo.pt`: policy, autoencoder, V and critics. Optimisers and slow
 copies other than the policy's decoder start afresh when `o3f.py` goes on from it.
 
-The method ends with `train`. What follows (networks, data, run folder) is the same in every script.
+The method ends with `train`. What follows is plumbing (networks, data, run folder), the same in every script but for
+the policy's class.
 """
 
 import fcntl

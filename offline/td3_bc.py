@@ -8,7 +8,8 @@ of `o2o_td3.py`.
 
 Writes a run folder, and `offline/checkpoints/<env_id>/td3_bc.pt`: policy, observation statistics, score.
 
-The method ends with `train`. What follows (networks, data, run folder) is the same in every script.
+The method ends with `train`. What follows is plumbing (networks, data, run folder), the same in every script but for
+the policy's class.
 """
 
 import fcntl

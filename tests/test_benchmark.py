@@ -80,7 +80,7 @@ def test_filters():
 
 def test_the_default_list_starts_only_from_policies_that_ship():
     jobs = benchmark.all_jobs(benchmark.Args())
-    assert {job.task for job in jobs} == {benchmark.HOPPER, *benchmark.OTHERS, *benchmark.MAZES}
+    assert {job.task for job in jobs} == {benchmark.HOPPER, *benchmark.OTHERS, *benchmark.MAZES, *benchmark.KITCHENS}
     for job in jobs:
         base = benchmark.base_of(Path(job.script).stem, job.variant if job.variant != "default" else "lapo")
         assert base is None or (ROOT / "offline/checkpoints" / job.task / f"{base}.pt").exists(), job

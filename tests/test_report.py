@@ -30,7 +30,7 @@ def test_check_sees_a_table_that_is_stale(tmp_path, monkeypatch):
 
 def test_every_policy_that_ships_was_scored_as_it_is():
     measured = json.loads((report.RESULTS / "policies.json").read_text())["policies"]
-    for path in (ROOT / "offline/checkpoints").glob("*-v2/*.pt"):
+    for path in (ROOT / "offline/checkpoints").glob("*-v[0-9]/*.pt"):
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         assert measured[f"{path.parent.name}/{path.name}"]["sha256"] == digest, (
             "run tools/enjoy.py with --json results/policies.json"

@@ -141,7 +141,12 @@ def test_help_of_a_task_shows_what_will_be_used(capsys, monkeypatch):
 
 def documented_commands():
     """(where, script, arguments) of every `python ....py` in the prose and in the scripts' docstrings."""
-    prose = [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "results/README.md", ROOT / "results/studies/README.md"]
+    prose = [
+        ROOT / "README.md",
+        *ROOT.glob("docs/*.md"),
+        ROOT / "results/README.md",
+        ROOT / "results/studies/README.md",
+    ]
     texts = {
         str(path.relative_to(ROOT)): "\n".join(re.findall(r"^```bash\n(.*?)^```", path.read_text(), re.M | re.S))
         for path in prose
@@ -183,8 +188,14 @@ def test_the_documented_way_to_write_a_checkpoint_and_to_act_with_it_works(tmp_p
     assert torch.allclose(names["action"], net(torch.full((1, 11), -0.25)).tanh(), atol=1e-6)
 
 
-SHIPPED = sorted((ROOT / "offline/checkpoints").glob("*-v2/*.pt"))
-SIZES = {"hopper": (11, 3), "walker2d": (17, 6), "halfcheetah": (17, 6), "antmaze": (29, 8)}  # observations, actions
+SHIPPED = sorted((ROOT / "offline/checkpoints").glob("*-v[0-9]/*.pt"))
+SIZES = {
+    "hopper": (11, 3),
+    "walker2d": (17, 6),
+    "halfcheetah": (17, 6),
+    "antmaze": (29, 8),
+    "kitchen": (59, 9),
+}  # observations, actions
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.name}")
