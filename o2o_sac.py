@@ -161,14 +161,14 @@ def limit_at(args, step):
 def make_updates(args, nets, optimizers, split):
     """-> the updates of the three stages, each a function of a batch and of standard normal noise that changes `nets`
     in place and returns detached numbers. rows (B, 2 O + A + 2), noise (B, A); in stage 3 (2, B, A)."""
-    actor, behaviour, reference = nets["actor"], nets["behaviour"], nets["reference"]
+    actor, pi_off, reference = nets["actor"], nets["offline"], nets["reference"]
     critics, targets, log_alpha = nets["critics"], nets["targets"], nets["log_alpha"][0]
 
     def reevaluate(rows, noise):
         """Writes critics and targets. The policy is the frozen offline one and alpha is fixed."""
         obs, action, reward, next_obs, terminated = split(rows)
         with torch.no_grad():
-            next_action, next_log_prob, _ = behaviour.sample(next_obs, noise)
+            next_action, next_log_prob, _ = pi_off.sample(next_obs, noise)
             next_q = targets(next_obs, next_action)
             target = td_target(reward, terminated, next_q, next_log_prob, args.alpha, args.gamma)
         q = critics(obs, action)
@@ -182,7 +182,7 @@ def make_updates(args, nets, optimizers, split):
         obs = split(rows)[0]
         action, log_prob, u = actor.sample(obs, noise)
         with torch.no_grad():
-            mean, log_std = behaviour(obs)
+            mean, log_std = pi_off(obs)
             mode, both = torch.tanh(mean), obs.repeat(2, 1)
             log_prob_mode, log_prob_off = (squashed_log_prob(mean, log_std, x) for x in (mean, u))
             q_old, q_mode = targets(both, torch.cat([action, mode])).amin(0).chunk(2)
@@ -293,7 +293,7 @@ def train(args, run, data, actor):
     critics = Critics(*sizes, layer_norm=True, bf16=args.bf16)
     nets = {
         "actor": actor,
-        "behaviour": deepcopy(actor),  # pi_off, frozen
+        "offline": deepcopy(actor),  # pi_off, frozen
         "reference": deepcopy(actor),  # pi_ref
         "critics": critics,
         "targets": deepcopy(critics),
@@ -316,7 +316,7 @@ def train(args, run, data, actor):
         obs = data.to_tensor(np.stack([env.reset(seed=i)[0] for i, env in enumerate(10 * envs)]))
         with torch.no_grad():
             noise = torch.randn(len(obs), data.act_dim, generator=torch.Generator(device).manual_seed(0), device=device)
-            action, log_prob, _ = nets["behaviour"].sample(obs, noise)
+            action, log_prob, _ = nets["offline"].sample(obs, noise)
             value = (nets["critics"](obs, action).amin(0) - args.alpha * log_prob).mean()
         return {"v_start": value.item(), "discounted_return": progress["discounted_return"]}
 

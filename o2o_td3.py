@@ -164,14 +164,14 @@ def limit_at(args, step):
 def make_updates(args, nets, optimizers, split):
     """-> the updates of the three stages, each a function of a batch and of standard normal noise that changes `nets`
     in place and returns detached numbers. rows (B, 2 O + A + 2), noise (B, A)."""
-    actor, actor_target, behaviour, reference = (nets[k] for k in ("actor", "actor_target", "behaviour", "reference"))
+    actor, actor_target, pi_off, reference = (nets[k] for k in ("actor", "actor_target", "offline", "reference"))
     critics, targets, smoothing = nets["critics"], nets["targets"], {"std": args.policy_noise, "clip": args.noise_clip}
 
     def reevaluate(rows, noise):
         """Writes critics and targets. The policy is the frozen offline one."""
         obs, action, reward, next_obs, terminated = split(rows)
         with torch.no_grad():
-            next_action = smoothed(behaviour(next_obs), noise, **smoothing)
+            next_action = smoothed(pi_off(next_obs), noise, **smoothing)
             next_q = targets(next_obs, next_action)
             target = td_target(reward, terminated, next_q, args.gamma)
         q = critics(obs, action)
@@ -184,7 +184,7 @@ def make_updates(args, nets, optimizers, split):
         """Writes critics and actor. The targets stay what stage 1 left; the data only provide states."""
         obs = split(rows)[0]
         with torch.no_grad():
-            action, mode, both = smoothed(actor(obs), noise, **smoothing), behaviour(obs), obs.repeat(2, 1)
+            action, mode, both = smoothed(actor(obs), noise, **smoothing), pi_off(obs), obs.repeat(2, 1)
             q_old, q_mode = targets(both, torch.cat([action, mode])).chunk(2, dim=1)
             q_mode = q_mode.amin(0)
             target = alignment_target(q_mode, q_old, action, mode, args.bump, args.policy_noise)
@@ -297,7 +297,7 @@ def train(args, run, data, actor):
     nets = {
         "actor": actor,
         "actor_target": deepcopy(actor),
-        "behaviour": deepcopy(actor),  # pi_off, frozen
+        "offline": deepcopy(actor),  # pi_off, frozen
         "reference": deepcopy(actor),  # pi_ref
         "critics": critics,
         "targets": deepcopy(critics),
@@ -317,7 +317,7 @@ def train(args, run, data, actor):
         once the former stands still near the latter (a little below it, since its actions are smoothed)."""
         obs = data.to_tensor(np.stack([env.reset(seed=i)[0] for i, env in enumerate(10 * envs)]))
         with torch.no_grad():
-            value = nets["critics"](obs, nets["behaviour"](obs)).amin(0).mean()
+            value = nets["critics"](obs, nets["offline"](obs)).amin(0).mean()
         return {"v_start": value.item(), "discounted_return": progress["discounted_return"]}
 
     if progress["stage"] == "start":

@@ -116,12 +116,12 @@ def composite_choice(q_off, q_on, inverse_temperature, uniform):
 
 def make_composite(args, nets):
     """-> act(obs (B, O), noise (B, A), uniform (B,)): an action of the composite policy (B, A)."""
-    behaviour, actor, critics = nets["behaviour"], nets["actor"], nets["critics"]
+    pi_off, actor, critics = nets["offline"], nets["actor"], nets["critics"]
 
     def act(obs, noise, uniform):
         with torch.no_grad():
             mean, log_std = actor(obs)
-            off, on = behaviour.mode(obs), (mean + log_std.exp() * noise).clamp(-1, 1)
+            off, on = pi_off.mode(obs), (mean + log_std.exp() * noise).clamp(-1, 1)
             q_off, q_on = critics(obs.repeat(2, 1), torch.cat([off, on])).amin(0).chunk(2)
             chosen = composite_choice(q_off, q_on, args.inverse_temperature, uniform)
             return torch.where(chosen.unsqueeze(-1), on, off)
@@ -163,7 +163,7 @@ class Composite:
         self.nets = nets
 
     def mode(self, obs):
-        off, on = self.nets["behaviour"].mode(obs), self.nets["actor"].mode(obs)
+        off, on = self.nets["offline"].mode(obs), self.nets["actor"].mode(obs)
         q_off, q_on = self.nets["critics"](obs.repeat(2, 1), torch.cat([off, on])).amin(0).chunk(2)
         return torch.where((q_on > q_off).unsqueeze(-1), on, off)
 
@@ -220,7 +220,7 @@ def train(args, run, data, nets, saved):
     """A new policy learns beside the offline one."""
     progress, device = run.progress, data.rows.device
     torch.manual_seed(args.seed)
-    nets["behaviour"] = nets["actor"]
+    nets["offline"] = nets["actor"]
     stats = nets["actor"].obs_mean, nets["actor"].obs_std
     nets["actor"] = TanhGaussianActor(*stats, data.act_dim, saved["policy"]["hidden"], bf16=args.bf16)
     nets, run.scale = {name: net.to(device) for name, net in nets.items()}, saved["reward_scale"]
@@ -232,13 +232,13 @@ def train(args, run, data, nets, saved):
     envs = [data.make_env() for _ in range(args.eval_episodes)]
     score = partial(score_composite, args, run, data, envs)
     if progress["stage"] == "start":
-        progress["offline_score"], progress["offline_error"] = closing_score(args, nets["behaviour"], data, envs)
+        progress["offline_score"], progress["offline_error"] = closing_score(args, nets["offline"], data, envs)
         progress["start_score"] = score()["score"]
         print(f"offline policy: score {progress['offline_score']:.1f} +- {progress['offline_error']:.1f}", flush=True)
         run.enter("online")
     train_online(args, run, compile_update(act, args), update, data, score)
     progress["closing_score"], progress["closing_error"] = closing_score(args, Composite(nets), data, envs)
-    names = ("behaviour", "actor", "critics", "value")
+    names = ("offline", "actor", "critics", "value")
     weights = {net: {key: x.cpu() for key, x in nets[net].state_dict().items()} for net in names}
     origin = {"algorithm": ALGORITHM, "env_id": args.env_id, "dataset": data.name, "step": args.online_steps}
     origin["policy"] = saved["policy"] | {"kind": "composite"}

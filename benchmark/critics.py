@@ -35,7 +35,7 @@ def make_updates(args, nets, optimizers, split):
     def of(variant, **changes):
         names = ("actor", "critics", "targets")
         own = {name: nets[f"{name}_{variant}"] for name in names if f"{name}_{variant}" in nets}
-        return {**nets, **own, "reference": nets["behaviour"], **changes}
+        return {**nets, **own, "reference": nets["offline"], **changes}
 
     def adams(variant):
         return {name: optimizers[f"{name}_{variant}"] for name in ("actor", "critics")}
@@ -48,9 +48,7 @@ def make_updates(args, nets, optimizers, split):
         optimizers[f"actor_{variant}"].minimize(loss)
         return sac.numbers(actor_loss=loss, entropy=-log_prob.mean())
 
-    evaluate_actor = sac.make_updates(args, of("iterated", behaviour=nets["actor_iterated"]), adams("iterated"), split)[
-        0
-    ]
+    evaluate_actor = sac.make_updates(args, of("iterated", offline=nets["actor_iterated"]), adams("iterated"), split)[0]
 
     def fixed(rows, noise):
         return actor_step("fixed", rows, noise[1])
@@ -76,7 +74,7 @@ def main(args: Args):
     stats = policy.obs_mean, policy.obs_std
     critics = sac.Critics(*stats, data.act_dim, (256, 256, 256), layer_norm=True, bf16=args.bf16)
     nets = {
-        "behaviour": policy,
+        "offline": policy,
         "critics": critics,
         "targets": deepcopy(critics),
         "log_alpha": torch.nn.ParameterList([torch.tensor(0.0)]),
@@ -99,7 +97,7 @@ def main(args: Args):
         return {"score": data.score(sac.evaluate(sac.mode_of(policy), envs, seed, device)[0].mean())}
 
     if progress["offline_score"] is None:
-        progress["offline_score"] = score(nets["behaviour"])["score"]
+        progress["offline_score"] = score(nets["offline"])["score"]
         print(f"offline policy: score {progress['offline_score']:.1f}", flush=True)
     stages, shape = ("reevaluate", *VARIANTS), (2, args.batch_size, data.act_dim)
     for stage in stages[stages.index(progress["stage"]) :] if progress["stage"] != "done" else ():

@@ -52,11 +52,11 @@ def updates_of(name, compiled, bf16):
     latent = STATS, ACT_STATS, 2 * ACT, [256] * 3
     if name == "o2o_sac":
         actor, critics = script.SquashedGaussianActor(*deep, bf16), script.Critics(*deep, layer_norm=True, bf16=bf16)
-        nets = {key: deepcopy(actor) for key in ("actor", "behaviour", "reference")} | {"log_alpha": scalar(-1.6)}
+        nets = {key: deepcopy(actor) for key in ("actor", "offline", "reference")} | {"log_alpha": scalar(-1.6)}
         stages = {"reevaluate": (rows, noise[0]), "align": (rows, noise[0]), "finetune": (rows, noise, one)}
     elif name == "o2o_td3":
         actor, critics = script.DeterministicActor(*wide, bf16), script.Critics(*wide, layer_norm=True, bf16=bf16)
-        nets = {key: deepcopy(actor) for key in ("actor", "actor_target", "behaviour", "reference")}
+        nets = {key: deepcopy(actor) for key in ("actor", "actor_target", "offline", "reference")}
         stages = {"reevaluate": (rows, noise[0]), "align": (rows, noise[0])}
         stages["finetune with the actor"] = (rows, noise[0], one, True)
     elif name == "o2o_ppo":

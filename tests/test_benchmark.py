@@ -293,7 +293,7 @@ def test_study_of_critics(checkpoint, tmp_path):
     assert not same("critics", "targets")  # the anchor of the alignment is their Polyak average
     for name in ("critics_iterated", "critics_aligned"):
         assert not same(name, "critics")
-    actors = ("behaviour", "actor_fixed", "actor_iterated", "actor_aligned")
+    actors = ("offline", "actor_fixed", "actor_iterated", "actor_aligned")
     assert not any(same(a, b) for a, b in itertools.combinations(actors, 2))
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "complete"
 

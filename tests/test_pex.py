@@ -35,7 +35,7 @@ def made(args, obs=5, act=2):
     stats = torch.zeros(obs), torch.ones(obs)
     critics = pex.Critics(*stats, act, (8, 8))
     nets = {
-        "behaviour": pex.TanhGaussianActor(*stats, act, (8, 8)),
+        "offline": pex.TanhGaussianActor(*stats, act, (8, 8)),
         "actor": pex.TanhGaussianActor(*stats, act, (8, 8)),
     }
     nets |= {"critics": critics, "targets": deepcopy(critics), "value": pex.Value(*stats, (8, 8), torch.nn.ReLU)}
@@ -53,7 +53,7 @@ def test_the_better_policy_acts():
     nets, act, _, (rows, noise, uniform) = made(pex.Args(inverse_temperature=1e6))
     obs = rows[:, :5]
     mean, log_std = nets["actor"](obs)
-    off, on = nets["behaviour"].mode(obs), (mean + log_std.exp() * noise).clamp(-1, 1)
+    off, on = nets["offline"].mode(obs), (mean + log_std.exp() * noise).clamp(-1, 1)
     better = nets["critics"](obs, on).amin(0) > nets["critics"](obs, off).amin(0)
     assert better.any() and not better.all()
     torch.testing.assert_close(act(obs, noise, uniform), torch.where(better.unsqueeze(-1), on, off))
@@ -78,7 +78,7 @@ def test_an_update_moves_all_but_the_offline_policy():
     same = {
         key for key, net in nets.items() if all(torch.equal(x, before[key][k]) for k, x in net.state_dict().items())
     }
-    assert same == {"behaviour"}
+    assert same == {"offline"}
 
 
 def test_compiled_equals_eager():
@@ -112,6 +112,6 @@ def test_a_run_resumes_exactly_and_keeps_the_offline_policy(policy, tmp_path, mo
     start = torch.load(policy, weights_only=True)
     for net in whole:
         assert all(torch.equal(value, cut[net][key]) for key, value in whole[net].items())
-    assert all(torch.equal(value, start["actor"][key]) for key, value in whole["behaviour"].items())
+    assert all(torch.equal(value, start["actor"][key]) for key, value in whole["offline"].items())
     model = torch.load(tmp_path / "whole/model.pt", weights_only=True)
-    assert model["policy"]["kind"] == "composite" and {"behaviour", "actor", "critics", "value"} <= set(model)
+    assert model["policy"]["kind"] == "composite" and {"offline", "actor", "critics", "value"} <= set(model)

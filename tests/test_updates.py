@@ -26,7 +26,7 @@ def small_nets(act_dim=ACT, hidden=(16, 16), seed=0):
     actor = o2o_sac.SquashedGaussianActor(*stats, act_dim, hidden)
     torch.nn.init.normal_(actor.net[-1].weight, std=0.5)
     critics = o2o_sac.Critics(*stats, act_dim, hidden, layer_norm=True)
-    nets = {"actor": actor, "behaviour": deepcopy(actor), "reference": deepcopy(actor)}
+    nets = {"actor": actor, "offline": deepcopy(actor), "reference": deepcopy(actor)}
     nets |= {"critics": critics, "targets": deepcopy(critics)}
     return nets | {"log_alpha": scalar(math.log(0.2)), "log_multiplier": scalar(0.0)}
 
@@ -114,7 +114,7 @@ def test_cql_pushes_the_policys_actions_below_the_datas():
 def test_reevaluation_finds_the_value_of_a_known_process():
     """Reward 1 and no end: Q = 1 + gamma V, V = (1 + alpha H) / (1 - gamma) with the policy's entropy H."""
     nets, gamma, alpha = small_nets(), 0.8, 0.2
-    for parameter in nets["behaviour"].parameters():
+    for parameter in nets["offline"].parameters():
         torch.nn.init.zeros_(parameter)  # the same action distribution in every state
     reevaluate = sac_updates(nets, gamma=gamma, tau=0.05, alpha=alpha)[0]
     for step in range(600):
@@ -122,7 +122,7 @@ def test_reevaluation_finds_the_value_of_a_known_process():
         rows[:, OBS + ACT], rows[:, -1] = 1.0, 0.0
         reevaluate(rows, noise)
     obs = torch.randn(4096, OBS)
-    action, log_prob, _ = nets["behaviour"].sample(obs, torch.randn(4096, ACT))
+    action, log_prob, _ = nets["offline"].sample(obs, torch.randn(4096, ACT))
     value = (1 - alpha * log_prob.mean()) / (1 - gamma)
     assert nets["critics"](obs, action).mean().item() == pytest.approx((1 + gamma * value).item() - 0, rel=0.05)
 
@@ -142,7 +142,7 @@ def align_one_state(value, alpha=0.2):
     """Aligns a small critic with a policy whose mode is 0, in one state. -> for a grid of actions: the old and the new
     value, log pi_off, and the weights of the integral over actions."""
     nets = small_nets(act_dim=1, hidden=(64, 64))
-    for key in ("behaviour", "actor", "reference"):
+    for key in ("offline", "actor", "reference"):
         for parameter in nets[key].parameters():
             torch.nn.init.zeros_(parameter)
     nets["targets"] = KnownQ(value)
@@ -152,7 +152,7 @@ def align_one_state(value, alpha=0.2):
     u = torch.linspace(-2.0, 2.0, 4001).unsqueeze(1)
     obs, action = torch.zeros(len(u), OBS), torch.tanh(u)
     with torch.no_grad():
-        log_prob = o2o_sac.squashed_log_prob(*nets["behaviour"](obs), u)
+        log_prob = o2o_sac.squashed_log_prob(*nets["offline"](obs), u)
         q_old, q_new = nets["targets"](obs, action).amin(0), nets["critics"](obs, action).amin(0)
     return action[:, 0], q_old, q_new, log_prob, (1 - action[:, 0] ** 2) * (u[1, 0] - u[0, 0])
 
@@ -197,7 +197,7 @@ def td3_nets(seed=0):
     stats = torch.zeros(OBS), torch.ones(OBS)
     actor = o2o_td3.DeterministicActor(*stats, ACT, (16, 16))
     critics = o2o_td3.Critics(*stats, ACT, (16, 16), layer_norm=True)
-    nets = {key: deepcopy(actor) for key in ("actor", "actor_target", "behaviour", "reference")}
+    nets = {key: deepcopy(actor) for key in ("actor", "actor_target", "offline", "reference")}
     nets |= {"critics": critics, "targets": deepcopy(critics)}
     return nets
 
@@ -267,7 +267,7 @@ def test_td3_reevaluation_finds_the_value_of_a_known_process():
         rows[:, OBS + ACT], rows[:, -1] = 1.0, 0.0
         reevaluate(rows, noise)
     obs = torch.randn(1024, OBS)
-    assert nets["critics"](obs, nets["behaviour"](obs)).mean().item() == pytest.approx(5, rel=0.05)
+    assert nets["critics"](obs, nets["offline"](obs)).mean().item() == pytest.approx(5, rel=0.05)
 
 
 class KnownTd3Q(torch.nn.Module):
@@ -280,7 +280,7 @@ class KnownTd3Q(torch.nn.Module):
 
 def test_td3_alignment_makes_the_policys_action_the_best_one_without_changing_its_value():
     nets = td3_nets()
-    for key in ("behaviour", "actor"):
+    for key in ("offline", "actor"):
         for parameter in nets[key].parameters():
             torch.nn.init.zeros_(parameter)  # the policy's action is 0
     nets["targets"] = KnownTd3Q()
