@@ -148,7 +148,8 @@ def actor_loss(log_prob, q, alpha, penalty=0.0):
 
 def multiplier_loss(multiplier, slack, kappa):
     """lambda E[ |kappa - 1(u > 0)| u ], u = limit - f, element by element. Violated (u < 0, weight kappa): lambda
-    rises; slack (weight 1 - kappa): it falls."""
+    rises; slack (weight 1 - kappa): it falls. At rest the kappa-expectile of f, not its mean, is at the limit, which is
+    stricter for kappa > 1/2."""
     weight = (kappa - (slack > 0).float()).abs()
     return multiplier * (weight * slack).mean()
 
@@ -486,6 +487,7 @@ def polyak(target, source, tau):
 
 
 def numbers(**values):
+    """-> the values without their graphs: what an update reports."""
     return {key: value.detach() for key, value in values.items()}
 
 
@@ -778,7 +780,7 @@ class Run:
             raise UserError(f"{self.dir}/resume.pt is damaged, or of another script ({error!r})") from error
 
     def restore(self, nets, optimizers, generator):
-        """Names what resume.pt holds, loads it when this run continues one, and begins to write."""
+        """Takes what resume.pt is made of, loads it when this run continues one, and begins to write."""
         self.nets, self.optimizers, self.generator = nets, optimizers, generator
         if self.args.track:
             import wandb

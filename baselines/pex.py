@@ -389,6 +389,7 @@ def polyak(target, source, tau):
 
 
 def numbers(**values):
+    """-> the values without their graphs: what an update reports."""
     return {key: value.detach() for key, value in values.items()}
 
 
@@ -654,7 +655,7 @@ class Run:
             raise UserError(f"{self.dir}/resume.pt is damaged, or of another script ({error!r})") from error
 
     def restore(self, nets, optimizers, generator):
-        """Names what resume.pt holds, loads it when this run continues one, and begins to write."""
+        """Takes what resume.pt is made of, loads it when this run continues one, and begins to write."""
         self.nets, self.optimizers, self.generator = nets, optimizers, generator
         if self.args.track:
             import wandb
