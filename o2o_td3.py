@@ -15,10 +15,8 @@ whatever trained it:
     python o2o_td3.py --env-id hopper-medium-v2  # makes the dataset, then all three stages
     python o2o_td3.py --reevaluation-steps 500000 --alignment-steps 500000 --online-steps 100000  # the paper's budget
 
-What differs from the paper and from the released code: docs/method.md.
-
-The method ends with `train`. What follows is plumbing (networks, data, run folder), the same in every script but for
-the policy's class.
+What differs from the paper and from the released code: docs/method.md. The method ends with `train`; what follows is
+plumbing (networks, data, run folder), the same in every script but for the policy's class.
 """
 
 import fcntl
