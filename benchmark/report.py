@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 TASKS = [f"{env}-{data}-v2" for data in ("medium", "medium-replay") for env in ("hopper", "walker2d", "halfcheetah")]
 MAZES = [f"antmaze-{maze}-v2" for maze in ("umaze", "umaze-diverse")]
-KITCHENS = ["kitchen-complete-v0", "kitchen-partial-v0"]
+KITCHENS = ["kitchen-complete-v0"]
 ABLATIONS = {
     "full": "full method",
     "no-reevaluate": "no re-evaluation",

@@ -203,8 +203,9 @@ def test_a_shipped_policy_is_small_tells_nothing_of_where_it_was_made_and_is_loa
     task, algorithm = path.parent.name, path.stem.removesuffix("_5")
     saved = torch.load(path, weights_only=True)
     assert (saved["algorithm"], saved["env_id"], saved["dataset"]) == (algorithm, task, f"o2o/{task}")
-    assert saved["step"] >= {"lapo": 20_000, "bc": 20_000, "dt": 10_000}.get(algorithm, 50_000)
-    assert path.stat().st_size < (6e6 if algorithm == "lapo" else 2 * 2**20)  # LAPO: five critics of three layers
+    least = 5_000 if task.startswith("kitchen") else 50_000  # a few demonstrations are soon learnt by heart
+    assert saved["step"] >= {"lapo": 20_000, "bc": 20_000, "dt": 10_000}.get(algorithm, least)
+    assert path.stat().st_size < (6e6 if algorithm == "lapo" else 2.5e6)  # LAPO: five critics of three layers
     assert not [value for value in saved["args"].values() if isinstance(value, str) and value.startswith("/")]
     scripts = {"cql": "o2o_sac", "td3_bc": "o2o_td3", "iql": "o2o_ppo"}
     if path.stem in scripts:
