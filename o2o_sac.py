@@ -65,7 +65,7 @@ class Args:
 
     reevaluation_steps: int = 100_000  # updates of stage 1 (paper: 500,000)
     alignment_steps: int = 15_000  # updates of stage 2 (paper: 500,000)
-    online_steps: int = 8_000  # environment steps of stage 3 (paper: 100,000)
+    online_steps: int = 15_000  # environment steps of stage 3 (paper: 100,000)
     reevaluate: bool = True  # stage 1; off: ablation
     align: bool = True  # stage 2; off: ablation
     constrain: bool = True  # the constraint of stage 3; off: ablation

@@ -64,7 +64,7 @@ def test_a_run_that_goes_on_is_drawn_without_the_line_that_is_being_written(tmp_
 
 
 def test_the_published_runs_are_drawn(tmp_path):
-    folders = [str(ROOT / "results" / script / "hopper-medium-v2" / "default") for script in ("o2o_ppo", "o2o_td3")]
+    folders = [str(ROOT / "results" / script / "hopper-medium-v2" / "default") for script in ("o2o_sac", "o2o_td3")]
     command = [sys.executable, str(ROOT / "tools/plot.py"), *folders, "--output", str(tmp_path / "new" / "figure.png")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
