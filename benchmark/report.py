@@ -82,8 +82,8 @@ NAIVE = {  # the same online algorithms without the method, for the table in REA
     "O2SAC": ("SAC, started naively", "o2o_sac", "naive"),
     "O2TD3": ("TD3, started naively", "o2o_td3", "naive"),
     "O2PPO": ("PPO, started naively", "o2o_ppo", "naive"),
-    "O3F on IQL": ("its IQL, with noise instead", "o3f_iql", "iql-noise"),
-    "O3F on LAPO": ("its LAPO, with noise instead", "o3f_lapo", "lapo-noise"),
+    "O3F on IQL": ("O3F's IQL, with noise", "o3f_iql", "iql-noise"),
+    "O3F on LAPO": ("O3F's LAPO, with noise", "o3f_lapo", "lapo-noise"),
 }
 STUDIED = [group for group, (script, _) in GROUPS.items() if script in ("o2o_sac", "o2o_td3", "o2o_ppo", "o3f")]
 TITLES = {group: title for title, (group, variant) in METHODS.items() if group in STUDIED and variant != "full-8000"}
