@@ -188,7 +188,7 @@ def test_a_larger_weight_holds_the_policy_nearer_to_its_reference():
         for _ in range(150):
             noise = torch.randn(2, 16, 2)
             update(rows, noise, torch.tensor(weight), torch.tensor(1), True)
-        moved.append(float((nets["actor"](rows[:, :5])[0] - nets["reference"](rows[:, :5])[0]).abs().mean()))
+        moved.append((nets["actor"](rows[:, :5])[0] - nets["reference"](rows[:, :5])[0]).abs().mean().item())
     assert moved[1] < 0.5 * moved[0], moved
 
 
