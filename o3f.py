@@ -6,8 +6,8 @@ most, plus omega of its standard deviations.
 
     a ~ pi(a|s);  c_i ~ N(a, sigma^2), i = 1..N;  execute argmax_i Q_mean(s,c_i) + omega Q_std(s,c_i)     best_candidate
 
-    python o3f.py --env-id hopper-medium-v2  # on LAPO, 20 critic updates a step as in the paper: slow on a CPU
-    python o3f.py --env-id hopper-medium-v2 --online-steps 20000 --updates-per-step 1  # the same, one update a step
+    python o3f.py --env-id hopper-medium-v2  # on LAPO, with one update a step
+    python o3f.py --env-id hopper-medium-v2 --updates-per-step 20  # as in the paper: slow on a CPU
     python o3f.py --env-id hopper-medium-v2 --base iql  # on IQL with five critics
     python o3f.py --base iql --no-optimism  # the baseline: the same algorithm with Gaussian noise of the same sigma
 
@@ -15,7 +15,7 @@ Only for offline algorithms that do not push their critics down outside the data
 be the policy's own action: a CQL checkpoint is refused. Of LAPO's updates_per_step updates all are of the critics and
 the last one of everything; of IQL's each is of everything.
 
-The method ends with `train`. What follows (the two offline algorithms, data, run folder) is the same in every script.
+The method ends with `train`. What follows is the two offline algorithms, as in offline/, and plumbing (data, run folder).
 """
 
 import fcntl

@@ -175,6 +175,18 @@ def test_the_online_actors_gradient_is_cut(tmp_path, monkeypatch, minari_store):
     assert seen[0].pop("online_actor") == 0.25 and set(seen[0].values()) == {None}
 
 
+def test_a_run_goes_online_with_the_aligned_critic(tmp_path, monkeypatch, minari_store):
+    seen, real = [], aca.make_update
+    monkeypatch.setattr(
+        aca, "make_update", lambda args, nets, *rest: seen.append(deepcopy(nets)) or real(args, nets, *rest)
+    )
+    aca.main(tiny(tmp_path / "run", online_steps=4))
+    (nets,), obs, action = seen, torch.randn(8, 11), torch.rand(8, 3)
+    for net in ("critics", "targets"):
+        torch.testing.assert_close(nets[net](obs, action), nets["baseline"](obs, 0 * action))
+    assert torch.equal(nets["prior"].mode(obs), nets["actor"].mode(obs)) and nets["log_alpha"][0] == 0
+
+
 @pytest.mark.parametrize("episodes", [0, 2])
 def test_what_a_run_draws(episodes, tmp_path, monkeypatch, minari_store):
     seen, real = [], aca.make_update

@@ -280,6 +280,17 @@ def test_a_cached_start_and_what_does_not_fit(tmp_path, minari_store):
     assert not (tmp_path / "third").exists()
 
 
+@pytest.mark.parametrize("td3", [False, True])
+def test_a_run_goes_online_with_the_trained_policy_as_its_reference(td3, tmp_path, monkeypatch, minari_store):
+    name, seen = "make_td3_update" if td3 else "make_update", []
+    real = getattr(proto, name)
+    monkeypatch.setattr(proto, name, lambda args, nets, *rest: seen.append(deepcopy(nets)) or real(args, nets, *rest))
+    proto.main(tiny(tmp_path / "run", td3=td3, online_steps=4))
+    (nets,), obs = seen, torch.randn(8, 11)
+    assert torch.equal(nets["reference"].mode(obs), nets["actor"].mode(obs))
+    assert torch.equal(nets["reference"].log_std, nets["actor"].log_std) and nets["actor"].log_std.abs().max() > 0
+
+
 def test_settings_of_the_tasks():
     assert proto.settings(proto.Args()) == {}
     assert proto.settings(proto.Args(env_id="halfcheetah-medium-v2")) == {"layer_norm": False}
