@@ -15,7 +15,7 @@ Only for offline algorithms that do not push their critics down outside the data
 be the policy's own action: a CQL checkpoint is refused. Of LAPO's updates_per_step updates all are of the critics and
 the last one of everything; of IQL's each is of everything.
 
-The method ends with `train`. What follows is the two offline algorithms, as in offline/, and plumbing (data, run folder).
+The method ends with `train`. What follows are the two offline algorithms as in offline/, and plumbing.
 """
 
 import fcntl
