@@ -36,6 +36,18 @@ def test_the_arm_does_each_subtask_and_nothing_else(subtask, cook):
     assert abs(cook.data.qpos[:7] - cook.start).max() < 0.5, "back where it started"
 
 
+def test_actions_are_noisy_as_asked(cook):
+    first = []
+    for noise in (0.0, 0.1):
+        one = kitchen.Cook(cook.env, noise)
+        for i in range(60):
+            one.begin([1, i])
+            one.step(np.zeros(7), 0.02)
+            first.append(one.actions[0])
+    still, loud = np.array(first[:60])[:, :7], np.array(first[60:])[:, :7]  # the fingers' are at the border
+    assert still.std(0).max() < 0.02 and 0.08 < (loud - still).std() < 0.12
+
+
 def test_what_is_done_and_its_rewards_by_hand():
     obs = np.zeros((4, 59))
     obs[:, 18 + 19 - 9], obs[:, 18 + 22 - 9] = [0, 0.2, 0.2, 0.0], [0, -0.2, -0.8, -0.8]  # slide cabinet, microwave

@@ -207,6 +207,7 @@ def test_rounds_and_priorities_of_a_run(tmp_path, monkeypatch, minari_store):
     start = off2on.first_priority(first, 0.5, 4)
     assert float(saved["largest"]) >= start == pytest.approx(first / 4)
     assert (saved["priorities"][-2:] == saved["largest"]).all(), "what is new has the largest"
+    assert (saved["priorities"][first : first + 4] < start).all(), "drawn in the first round, hence by their ratio now"
     assert (saved["priorities"][:first] == 1).float().mean() > 0.5, "what was not drawn stays at 1"
 
 

@@ -291,6 +291,18 @@ def test_a_run_goes_online_with_the_trained_policy_as_its_reference(td3, tmp_pat
     assert torch.equal(nets["reference"].log_std, nets["actor"].log_std) and nets["actor"].log_std.abs().max() > 0
 
 
+def test_the_weight_of_the_divergence_falls_with_the_steps(tmp_path, monkeypatch, minari_store):
+    seen, real = [], proto.make_update
+
+    def make_update(*parts):
+        update = real(*parts)
+        return lambda rows, noise, weight, *rest: seen.append(float(weight)) or update(rows, noise, weight, *rest)
+
+    monkeypatch.setattr(proto, "make_update", make_update)
+    proto.main(tiny(tmp_path / "run", online_steps=4, offline_steps=1, anneal_steps=4))
+    assert seen == [1.5, 1.0, 0.5, 0.0]
+
+
 def test_settings_of_the_tasks():
     assert proto.settings(proto.Args()) == {}
     assert proto.settings(proto.Args(env_id="halfcheetah-medium-v2")) == {"layer_norm": False}
