@@ -81,6 +81,7 @@ class Args:
     expectile: float | None = None  # IQL: of Q over the data's actions, which V is
     temperature: float | None = None  # IQL: weight of the advantage in the imitation
     max_weight: float | None = None  # IQL: largest weight of an imitated action
+    dropout: float | None = None  # IQL: share of the policy's hidden units that each update leaves out
     kl_weight: float | None = None  # LAPO: of the divergence of the latent code from N(0, 1)
     positive_weight: float | None = None  # LAPO: weight of data whose advantage is positive; the rest has 1 minus it
     latent_noise: float | None = None  # LAPO: std of the noise on the target policy's code
@@ -136,12 +137,19 @@ def make_updates(args, nets, value_range, split):
     return optimizers, lambda rows, noise, pair, whole: update(rows, noise, rate)
 
 
+def noise_shape(args, nets, act_dim):
+    """Of the standard normal noise that an update takes: LAPO's codes and decoded actions, or IQL's dropout."""
+    widths = [layer.out_features for layer in nets["actor"].net[:-1:2]] if args.base == "iql" and args.dropout else None
+    return (len(widths), args.batch_size, max(widths)) if widths else (2, args.batch_size, 2 * act_dim)
+
+
 def train_online(args, run, act, update, value_range, data, score):
     """One environment step with the chosen action, then updates_per_step updates. The environment receives exactly the
     action that the buffer stores."""
     progress, generator, scale = run.progress, run.generator, run.scale
     env, obs, buffer, first = online_start(args, run, data)  # rewards are scaled in it
     seconds, count, candidates = 0.0, 0, args.num_candidates if args.optimism else 1
+    shape = noise_shape(args, run.nets, data.act_dim)
     for step in tqdm(range(progress["step"] + 1, args.online_steps + 1), desc="online", unit="step", disable=None):
         noise = torch.randn(1 + candidates, data.act_dim, generator=generator, device=generator.device)
         action = act(data.to_tensor(obs[None]), noise[:1], noise[1:])[0].cpu().numpy()
@@ -161,7 +169,6 @@ def train_online(args, run, act, update, value_range, data, score):
         clock, count = time.monotonic(), count + args.updates_per_step
         for i in range(args.updates_per_step):
             index = torch.randint(first + step, (args.batch_size,), generator=generator, device=generator.device)
-            shape = 2, args.batch_size, 2 * data.act_dim
             noise = torch.randn(shape, generator=generator, device=generator.device)
             pair = torch.randperm(run.nets["critics"].n, generator=generator, device=generator.device)[:2]
             values = update(buffer[index], noise, pair, i + 1 == args.updates_per_step)
@@ -213,13 +220,14 @@ RANGES = {
     (-(10**9), 10**9): "reward_bias",
     (0, 1): "tau learning_rate expectile positive_weight",
     (0, 0.99999): "gamma",  # V is clamped to r / (1 - gamma)
+    (0, 0.9): "dropout",
     (0, 10**9): "seed online_steps sigma omega temperature max_weight kl_weight latent_noise latent_clip",
     (1, 10**9): "num_candidates updates_per_step eval_every eval_episodes batch_size",
     (1, 1024): "num_threads",
 }
 # what a run takes over from the offline training, where the command line does not say otherwise
 INHERITED = "batch_size gamma tau learning_rate expectile temperature max_weight kl_weight positive_weight".split()
-INHERITED += ["latent_noise", "latent_clip"]
+INHERITED += ["dropout", "latent_noise", "latent_clip"]
 
 
 def value_target(reward, terminated, next_value, gamma):
@@ -238,9 +246,21 @@ def policy_loss(log_prob, advantage, temperature, max_weight):
     return -((temperature * advantage).exp().clamp(max=max_weight) * log_prob).mean()
 
 
+def dropout_forward(actor, obs, noise, dropout):
+    """The policy of one update, in which a share `dropout` of the hidden units is left out at random and the others
+    make up for it. obs (B, O), noise (hidden layers, B, their width) standard normal -> what actor(obs) gives."""
+    x = (obs - actor.obs_mean) / actor.obs_std
+    with torch.autocast(obs.device.type, torch.bfloat16, enabled=actor.bf16):
+        for layer, z in zip(actor.net[:-1:2], noise, strict=True):
+            x = F.relu(layer(x))
+            x = x * (torch.special.ndtr(z[:, : x.shape[1]]) > dropout) / (1 - dropout)
+    return torch.tanh(actor.net[-1](x.float())), actor.log_std.clamp(-20, 2)
+
+
 def make_iql_update(args, nets, optimizers, split):
     """-> update(rows (B, 2 O + A + 2) with scaled rewards, noise, policy_scale), which changes all `nets` in place and
-    returns detached numbers; noise is not used; policy_scale, a tensor, multiplies the policy's learning rate."""
+    returns detached numbers. noise is that of --dropout, without it unused; policy_scale, a tensor, multiplies the
+    policy's learning rate."""
     actor, value, critics, targets = (nets[key] for key in ("actor", "value", "critics", "targets"))
 
     def update(rows, noise, policy_scale):
@@ -256,7 +276,8 @@ def make_iql_update(args, nets, optimizers, split):
         critic_loss = ((q - target) ** 2).mean(-1).sum()
         optimizers["critics"].minimize(critic_loss)
         polyak(targets, critics, args.tau)
-        log_prob = gaussian_log_prob(*actor(obs), action)
+        mean, log_std = dropout_forward(actor, obs, noise, args.dropout) if args.dropout else actor(obs)
+        log_prob = gaussian_log_prob(mean, log_std, action)
         loss = policy_loss(log_prob, advantage.detach(), args.temperature, args.max_weight)
         optimizers["actor"].minimize(loss, policy_scale)
         values = numbers(value_loss=value_loss, critic_loss=critic_loss, policy_loss=loss, q_mean=q.mean())

@@ -75,6 +75,7 @@ class Args:
     schedule: Literal["constant", "abrupt", "linear"] = "constant"  # its course online: constant, or to 0.85
     temperature: float = 3.0  # beta: weight of the advantage in the imitation
     max_weight: float = 100.0  # largest weight of an imitated action
+    dropout: float = 0.0  # share of the policy's hidden units that each update leaves out
 
     compile: bool = True  # compile the update into one graph
     bf16: bool = False  # matrix products in bf16, on CPUs and GPUs that have units for it
@@ -84,7 +85,7 @@ class Args:
 def settings(args):
     """What the authors change with the task; the command line still wins."""
     if args.env_id.startswith("kitchen"):
-        return {"temperature": 0.5}
+        return {"temperature": 0.5, "dropout": 0.1}
     if not args.env_id.startswith("antmaze"):
         return {}
     values = {"expectile": 0.9, "temperature": 10.0, "reward_bias": -1.0}
@@ -113,9 +114,21 @@ def policy_loss(log_prob, advantage, temperature, max_weight):
     return -((temperature * advantage).exp().clamp(max=max_weight) * log_prob).mean()
 
 
+def dropout_forward(actor, obs, noise, dropout):
+    """The policy of one update, in which a share `dropout` of the hidden units is left out at random and the others
+    make up for it. obs (B, O), noise (hidden layers, B, their width) standard normal -> what actor(obs) gives."""
+    x = (obs - actor.obs_mean) / actor.obs_std
+    with torch.autocast(obs.device.type, torch.bfloat16, enabled=actor.bf16):
+        for layer, z in zip(actor.net[:-1:2], noise, strict=True):
+            x = F.relu(layer(x))
+            x = x * (torch.special.ndtr(z[:, : x.shape[1]]) > dropout) / (1 - dropout)
+    return torch.tanh(actor.net[-1](x.float())), actor.log_std.clamp(-20, 2)
+
+
 def make_iql_update(args, nets, optimizers, split):
     """-> update(rows (B, 2 O + A + 2) with scaled rewards, noise, policy_scale), which changes all `nets` in place and
-    returns detached numbers; noise is not used; policy_scale, a tensor, multiplies the policy's learning rate."""
+    returns detached numbers. noise is that of --dropout, without it unused; policy_scale, a tensor, multiplies the
+    policy's learning rate."""
     actor, value, critics, targets = (nets[key] for key in ("actor", "value", "critics", "targets"))
 
     def update(rows, noise, policy_scale):
@@ -131,7 +144,8 @@ def make_iql_update(args, nets, optimizers, split):
         critic_loss = ((q - target) ** 2).mean(-1).sum()
         optimizers["critics"].minimize(critic_loss)
         polyak(targets, critics, args.tau)
-        log_prob = gaussian_log_prob(*actor(obs), action)
+        mean, log_std = dropout_forward(actor, obs, noise, args.dropout) if args.dropout else actor(obs)
+        log_prob = gaussian_log_prob(mean, log_std, action)
         loss = policy_loss(log_prob, advantage.detach(), args.temperature, args.max_weight)
         optimizers["actor"].minimize(loss, policy_scale)
         values = numbers(value_loss=value_loss, critic_loss=critic_loss, policy_loss=loss, q_mean=q.mean())
@@ -146,6 +160,8 @@ def train_online(args, run, update, data, expectile, score):
     progress, actor, generator = run.progress, run.nets["actor"], run.generator
     env, obs, buffer, first = online_start(args, run, data)
     rate, seconds, count, values = torch.ones((), device=buffer.device), 0.0, 0, {}
+    layers = [layer.out_features for layer in actor.net[:-1:2]]
+    shape = len(layers), args.batch_size, max(layers)  # of --dropout's noise
     for step in tqdm(range(progress["step"] + 1, args.online_steps + 1), desc="online", unit="step", disable=None):
         with torch.no_grad():
             noise = torch.randn(1, data.act_dim, generator=generator, device=generator.device)
@@ -163,7 +179,8 @@ def train_online(args, run, update, data, expectile, score):
             expectile.fill_(scheduled(args.schedule, args.expectile, 0.85, step / args.online_steps))
             for _ in range(args.updates_per_step):
                 index = torch.randint(first + step, (args.batch_size,), generator=generator, device=generator.device)
-                values = update(buffer[index], None, rate)
+                noise = torch.randn(shape, generator=generator, device=generator.device) if args.dropout else None
+                values = update(buffer[index], noise, rate)
             if args.cuda:
                 torch.cuda.synchronize()  # for the clock; the next action would wait for the updates anyway
             seconds += time.monotonic() - clock
@@ -206,6 +223,7 @@ PRIVATE = "stage step episode_start"  # of a run's progress, not in summary.json
 RANGES = {
     (-(10**9), 10**9): "reward_bias",
     (0, 1): "gamma tau learning_rate expectile",
+    (0, 0.9): "dropout",
     (0, 10**9): "seed online_steps warm_up temperature max_weight",
     (1, 10**9): "updates_per_step eval_every eval_episodes batch_size",
     (1e-9, 10**9): "reward_scale",

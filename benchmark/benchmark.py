@@ -82,6 +82,8 @@ EXPERIMENTS = {  # script: {variant: flags}
         **{f"iql{name}": f"--base iql {IQL} {FAST} {flag}" for name, flag in OPTIMISM.items()},
     },
 }
+SOURCES = ("bc", "cql", "td3_bc", "iql", "lapo", "dt")  # offline policies, each to be fine-tuned by each online script
+TRANSFER = {"o2o_sac": f"{SAC} --online-steps 8000", "o2o_td3": f"{TD3} --online-steps 50000", "o2o_ppo": PPO}
 BASELINES = ("rlpd", "wsrl", "cal_ql", "iql", "pex", "awac", "proto", "aca", "off2on")  # in baselines/
 EXPERIMENTS |= {
     "rlpd": {"full": f"--online-steps 50000 --eval-every 1000 {FAST}"},
@@ -123,17 +125,22 @@ PRETRAINING = {  # the offline algorithm that a fine-tuning run starts from: scr
     "iql": ("iql", "--updates 200000"),
     "iql_5": ("iql", "--updates 200000 --num-critics 5"),
     "lapo": ("lapo", "--updates 100000"),
+    "bc": ("bc", "--updates 20000"),
+    "dt": ("dt", "--updates 20000"),
 }
+OWN = {"o2o_sac": "cql", "o2o_td3": "td3_bc", "o2o_ppo": "iql"}  # the offline policy of the script's own class
+for online, budget in TRANSFER.items():  # what starts from `OWN` is `full`, or `full-8000`
+    EXPERIMENTS[online] |= {f"from-{source}": f"{budget} {FAST}" for source in SOURCES if source != OWN[online]}
 
 
 Baseline = Literal["rlpd", "wsrl", "cal_ql", "iql", "pex", "awac", "proto", "aca", "off2on"]
-Script = Literal["o2o_sac", "o2o_td3", "o2o_ppo", "o3f", Baseline, "critics"]
+Script = Literal["o2o_sac", "o2o_td3", "o2o_ppo", "o3f", Baseline, "critics", "transfer"]
 
 
 @dataclass
 class Args:
     list: bool = False  # print the commands and their number, run nothing
-    # only these; none named: all
+    # only these; none named: all. `transfer`: from each offline policy, to each of o2o_sac, o2o_td3, o2o_ppo
     script: tuple[Script, ...] = ()
     task: tuple[str, ...] = ()  # all variants on these tasks; none named: the published runs, from policies that ship
     variant: tuple[str, ...] = ()  # only these: full, no-align, ... as --list shows them
@@ -216,8 +223,11 @@ def base_of(script, variant):
     """The entry of PRETRAINING that a run starts from; None: from nothing."""
     if script in ("rlpd", "wsrl", "cal_ql", "awac", "proto", "aca", "off2on"):
         return None
-    bases = {"o2o_sac": "cql", "critics": "cql", "o2o_td3": "td3_bc", "o2o_ppo": "iql", "iql": "iql", "pex": "iql"}
-    return bases.get(script) or ("iql_5" if variant.startswith("iql") else "lapo")
+    if variant.startswith("from-"):
+        return variant.removeprefix("from-")
+    return (OWN | {"critics": "cql", "iql": "iql", "pex": "iql"}).get(script) or (
+        "iql_5" if variant.startswith("iql") else "lapo"
+    )
 
 
 def all_jobs(args):
@@ -225,9 +235,10 @@ def all_jobs(args):
     cuda, fine_tuning, pretraining = ["--cuda"] * args.cuda, [], {}
 
     def add(script, task, variant, seed, flags):
-        if (args.script and script not in args.script) or (args.variant and variant not in args.variant):
+        policy, base, transfer = None, base_of(script, variant), variant.startswith("from-")
+        chosen = not args.script or script in args.script or (transfer and "transfer" in args.script)
+        if not chosen or (args.variant and variant not in args.variant):
             return
-        policy, base = None, base_of(script, variant)
         folder = "benchmark/" if script == "critics" else "baselines/" if script in BASELINES else ""
         path = f"{folder}{script}.py"
         if args.paper and variant == "full-8000":
@@ -244,6 +255,8 @@ def all_jobs(args):
             offline += shlex.split(args.offline_flags)
             policy = Job(f"offline/{name}.py", task, base, seed, last_of_each(offline))
             pretraining[policy] = None  # a dict keeps the order and drops what several variants share
+        elif transfer:
+            words += ["--checkpoint", f"offline/checkpoints/{task}/{base}.pt"]
         fine_tuning.append(Job(path, task, variant, seed, last_of_each(words), policy))
 
     for script, variants in EXPERIMENTS.items():
@@ -253,7 +266,8 @@ def all_jobs(args):
             for variant, flags in (variants if own is None else own.get(script, {})).items():
                 base = base_of(script, variant)
                 ships = base is None or (ROOT / "offline/checkpoints" / task / f"{base}.pt").exists()
-                if short and not ships and not args.pretrain:
+                transfer = variant.startswith("from-")
+                if (short or transfer) and not ships and not args.pretrain:
                     continue
                 for seed in args.seed:
                     if not short or (seed == 1 if own else seed <= 3 and variant in ("full", "full-8000", "iql")):

@@ -75,6 +75,7 @@ class Args:
     expectile: float = 0.7  # of Q over the data's actions, which V is: 0.5 their mean, 1 the best of them
     temperature: float = 3.0  # beta: weight of the advantage in the imitation
     max_weight: float = 100.0  # largest weight of an imitated action
+    dropout: float = 0.0  # share of the policy's hidden units that each update leaves out
 
     compile: bool = True  # compile the update into one graph
     bf16: bool = False  # matrix products in bf16, on CPUs and GPUs that have units for it
@@ -83,8 +84,8 @@ class Args:
 
 def settings(args):
     """What the authors change with the task; the command line still wins."""
-    if args.env_id.startswith("kitchen"):  # without the authors' dropout of 0.1: stop early
-        return {"temperature": 0.5, "normalize_rewards": False}
+    if args.env_id.startswith("kitchen"):
+        return {"temperature": 0.5, "normalize_rewards": False, "dropout": 0.1}
     if not args.env_id.startswith("antmaze"):
         return {}
     values = {"expectile": 0.9, "temperature": 10.0, "normalize_rewards": False, "reward_bias": -1.0}
@@ -107,9 +108,21 @@ def policy_loss(log_prob, advantage, temperature, max_weight):
     return -((temperature * advantage).exp().clamp(max=max_weight) * log_prob).mean()
 
 
+def dropout_forward(actor, obs, noise, dropout):
+    """The policy of one update, in which a share `dropout` of the hidden units is left out at random and the others
+    make up for it. obs (B, O), noise (hidden layers, B, their width) standard normal -> what actor(obs) gives."""
+    x = (obs - actor.obs_mean) / actor.obs_std
+    with torch.autocast(obs.device.type, torch.bfloat16, enabled=actor.bf16):
+        for layer, z in zip(actor.net[:-1:2], noise, strict=True):
+            x = F.relu(layer(x))
+            x = x * (torch.special.ndtr(z[:, : x.shape[1]]) > dropout) / (1 - dropout)
+    return torch.tanh(actor.net[-1](x.float())), actor.log_std.clamp(-20, 2)
+
+
 def make_iql_update(args, nets, optimizers, split):
     """-> update(rows (B, 2 O + A + 2) with scaled rewards, noise, policy_scale), which changes all `nets` in place and
-    returns detached numbers; noise is not used; policy_scale, a tensor, multiplies the policy's learning rate."""
+    returns detached numbers. noise is that of --dropout, without it unused; policy_scale, a tensor, multiplies the
+    policy's learning rate."""
     actor, value, critics, targets = (nets[key] for key in ("actor", "value", "critics", "targets"))
 
     def update(rows, noise, policy_scale):
@@ -125,7 +138,8 @@ def make_iql_update(args, nets, optimizers, split):
         critic_loss = ((q - target) ** 2).mean(-1).sum()
         optimizers["critics"].minimize(critic_loss)
         polyak(targets, critics, args.tau)
-        log_prob = gaussian_log_prob(*actor(obs), action)
+        mean, log_std = dropout_forward(actor, obs, noise, args.dropout) if args.dropout else actor(obs)
+        log_prob = gaussian_log_prob(mean, log_std, action)
         loss = policy_loss(log_prob, advantage.detach(), args.temperature, args.max_weight)
         optimizers["actor"].minimize(loss, policy_scale)
         values = numbers(value_loss=value_loss, critic_loss=critic_loss, policy_loss=loss, q_mean=q.mean())
@@ -178,7 +192,8 @@ def train(args, run, data):
     envs = [data.make_env() for _ in range(args.eval_episodes)]
     decay = 0.5 * (1 + torch.cos(math.pi * torch.arange(args.updates, device=device) / args.updates))
     score, scale_at = partial(score_policy, args, run, data, envs), lambda step: (decay[step - 1],)
-    train_offline(args, run, "offline", args.updates, update, rows, (1,), score, scale_at)
+    shape = (len(hidden), args.batch_size, max(hidden)) if args.dropout else (1,)
+    train_offline(args, run, "offline", args.updates, update, rows, shape, score, scale_at)
     more = {key: {name: value.cpu() for name, value in nets[key].state_dict().items()} for key in ("critics", "value")}
     policy = {"kind": KIND, "hidden": hidden}  # the targets are left out: they follow the critics
     finish(args, run, data, envs, policy=policy, **more, num_critics=args.num_critics, reward_scale=scale)
@@ -189,6 +204,7 @@ RANGES = {
     (1e-9, 10**9): "reward_scale",
     (-(10**9), 10**9): "reward_bias",
     (0, 1): "gamma tau learning_rate expectile",
+    (0, 0.9): "dropout",
     (0, 10**9): "seed updates temperature max_weight",
     (1, 10**9): "eval_every_updates eval_episodes batch_size",
     (1, 1024): "num_threads num_critics",
