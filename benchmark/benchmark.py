@@ -208,11 +208,10 @@ class Job(NamedTuple):
 
     def command(self, results):
         folder = self.folder(results)
-        files = ["--run-dir", str(folder)]
+        files = ["--checkpoint", str(self.policy.folder(results) / "policy.pt")] if self.policy else []
+        files += ["--run-dir", str(folder)]
         if self.script.startswith("offline/"):
             files += ["--output", str(folder / "policy.pt"), "--overwrite"]
-        if self.policy:
-            files += ["--checkpoint", str(self.policy.folder(results) / "policy.pt")]
         return ["python", self.script, "--env-id", self.task, "--seed", str(self.seed), *self.flags, *files]
 
     def __str__(self):
@@ -246,7 +245,7 @@ def all_jobs(args):
         paper = [
             *PAPER[path.removesuffix(".py").removeprefix("benchmark/")].split(),
             *PAPER.get(variant, "").split(),
-            *PAPER.get(base, "").split(),
+            *(PAPER.get(base, "").split() if script == "o3f" else ()),
         ]
         words = [*flags.split(), *(paper if args.paper else ()), *cuda, *shlex.split(args.flags)]
         if args.pretrain and base:

@@ -4,6 +4,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -64,6 +65,17 @@ def test_every_command_of_the_list_parses(options, tmp_path):
         tyro.cli(module_of(script).Args, args=argv)
 
 
+def test_transfer_is_every_offline_policy_into_every_online_script():
+    lines = run("--list", "--script", "transfer", "--seed", 1, "--pretrain").splitlines()[:-1]
+    online = [line for line in lines if line.startswith("python o2o_")]
+    assert len(online) == 15 and len(lines) == 15 + len(benchmark.SOURCES), "the diagonal is `full`"
+    for line in online:
+        script, source = re.match(r"python (\w+)\.py .*/(\w+)/hopper-medium-v2/\2/1/policy.pt", line).groups()
+        assert source != benchmark.OWN[script] and f"/from-{source}/1" in line
+    shipped = [line for line in run("--list", "--script", "transfer", "--seed", 1).splitlines()[:-1]]
+    assert shipped and all(f"/{TASK}/" in line and "offline/checkpoints/" in line for line in shipped)
+
+
 def test_filters():
     lines = run("--list", "--script", "o2o_td3", "o2o_ppo", "--variant", "full", "no-constrain", "--seed", 2, 7)
     assert "no command" in run("--index", 5000, expect=2)
@@ -74,7 +86,9 @@ def test_filters():
         expected += [f"{script}/{task}/full/2" for task in benchmark.OTHERS]  # there three seeds of the method alone
     assert names == [f"runs/benchmark/{name}" for name in expected]
     lines = run("--list", "--script", "o2o_td3", "--task", benchmark.OTHERS[0]).splitlines()
-    assert len(lines) - 1 == 5 * len(benchmark.EXPERIMENTS["o2o_td3"])  # everything, on a task that is named
+    names, shipped = benchmark.EXPERIMENTS["o2o_td3"], benchmark.ROOT / "offline/checkpoints" / benchmark.OTHERS[0]
+    able = [x for x in names if not x.startswith("from-") or (shipped / f"{x.removeprefix('from-')}.pt").exists()]
+    assert {"full", "from-cql"} < set(able) and len(lines) - 1 == 5 * len(able)  # everything, on a task that is named
     assert "no command" in run("--script", "o2o_ppo", "--variant", "no-constrain", expect=2)
 
 
