@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import tiny_policy
 
+import o3f
 from baselines import iql as online
 
 
@@ -132,3 +133,37 @@ def test_compiled_equals_eager_while_the_expectile_moves(policy, monkeypatch):
         results.append(torch.cat([x.flatten() for net in nets.values() for x in net.parameters()]))
     eager, graph, still = results
     assert (eager - graph).abs().mean() < 0.01 * (eager - still).abs().mean()
+
+
+def test_dropout_is_of_the_policy_alone_and_compiled_equals_eager(policy, tmp_path, monkeypatch):
+    """Offline, online and in O3F, one update: critics and V are those without it, and the draw decides."""
+    monkeypatch.setattr(online.torch, "compile", partial(torch.compile, backend="aot_eager"))
+    data = online.load_data(online.Args(), torch.device("cpu"))
+    start, _ = online.load_iql(policy, online.Args(), data)
+
+    def updated(dropout, seed, compiled=False):
+        nets, args = deepcopy(start), online.Args(compile=compiled, dropout=dropout)
+        optimizers = {key: online.Adam(nets[key].parameters(), 1e-3) for key in ("actor", "value", "critics")}
+        update = online.compile_update(online.make_iql_update(args, nets, optimizers, data.split), args)
+        noise = torch.randn(2, 16, 256, generator=torch.Generator().manual_seed(seed))
+        update(data.rows[:16], noise, torch.ones(()))
+        return {key: torch.cat([x.flatten() for x in net.parameters()]) for key, net in nets.items()}
+
+    without, first, second, graph = updated(0.0, 0), updated(0.3, 0), updated(0.3, 1), updated(0.3, 0, compiled=True)
+    assert all(torch.equal(without[key], first[key]) for key in ("value", "critics", "targets"))
+    assert not torch.equal(without["actor"], first["actor"]) and not torch.equal(first["actor"], second["actor"])
+    assert torch.allclose(first["actor"], graph["actor"], atol=1e-6)
+
+
+def test_runs_with_dropout_go_through_and_hand_it_on(minari_store, tmp_path, monkeypatch):
+    seen, real = [], online.dropout_forward
+    for module in (iql, online, o3f):
+        monkeypatch.setattr(module, "dropout_forward", lambda *inputs: seen.append(inputs[2:]) or real(*inputs))
+    path = tiny_policy(iql, tmp_path, dropout=0.1, num_critics=2)
+    assert online.main(tiny(path, tmp_path / "online", dropout=0.2))["status"] == "complete"
+    given = {"online_steps": 4, "eval_every": 4, "eval_episodes": 1, "batch_size": 16, "compile": False}
+    args = o3f.Args(base="iql", checkpoint=str(path), run_dir=str(tmp_path / "o3f"), num_candidates=3, **given)
+    assert o3f.main(args)["status"] == "complete" and args.dropout == 0.1, "O3F goes on with that of the training"
+    assert [dropout for _, dropout in seen] == [0.1] * 4 + [0.2] * 12 + [0.1] * 4
+    assert all(noise.shape == (2, 16, 256) for noise, _ in seen) and not torch.equal(seen[0][0], seen[1][0])
+    assert online.settings(online.Args(env_id="kitchen-mixed-v0"))["dropout"] == 0.1

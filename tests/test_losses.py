@@ -298,6 +298,25 @@ def test_iql_losses_by_hand():
         iql.reward_scale(tensor(3, 1, 2), torch.tensor([True, False, True]))
 
 
+def test_dropout_leaves_units_out_and_the_others_make_up_for_them():
+    actor = iql.TanhGaussianActor(torch.zeros(1), torch.ones(1), 1, [2])
+    for layer, weight in ((actor.net[0], [[1.0], [2.0]]), (actor.net[2], [[0.1, 0.1]])):
+        layer.weight.data, layer.bias.data = torch.tensor(weight), torch.zeros(len(weight))
+    one = torch.ones(1, 1)
+    for dropout, noise, mean in (
+        (0.5, [5.0, 5.0], 0.2 + 0.4),
+        (0.5, [-5.0, 5.0], 0.4),  # the first unit is out, the second counts twice
+        (0.5, [-5.0, -5.0], 0.0),
+        (0.2, [5.0, -5.0], 0.1 / 0.8),
+    ):
+        found, log_std = iql.dropout_forward(actor, one, torch.tensor([[noise]]), dropout)
+        assert found.item() == pytest.approx(math.tanh(mean)) and torch.equal(log_std, actor(one)[1])
+    noise = torch.randn(1, 100_000, 2, generator=torch.Generator().manual_seed(0))
+    found = torch.atanh(iql.dropout_forward(actor, one.expand(100_000, 1), noise, 0.1)[0])
+    assert found.mean().item() == pytest.approx(0.3, abs=0.002), "right in the mean"
+    assert (found == 0).float().mean().item() == pytest.approx(0.01, abs=0.002), "both are out in one of 100"
+
+
 def test_the_expectile_of_a_known_distribution():
     """Between the mean and the largest value: the root of tau E[(x - v)+] = (1 - tau) E[(v - x)+]."""
     x = torch.linspace(0, 1, 1001)
