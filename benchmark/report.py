@@ -87,6 +87,9 @@ NAIVE = {  # the same online algorithms without the method, for the table in REA
 }
 STUDIED = [group for group, (script, _) in GROUPS.items() if script in ("o2o_sac", "o2o_td3", "o2o_ppo", "o3f")]
 TITLES = {group: title for title, (group, variant) in METHODS.items() if group in STUDIED and variant != "full-8000"}
+SOURCES = {"bc": "BC", "cql": "CQL", "td3_bc": "TD3+BC", "iql": "IQL", "lapo": "LAPO", "dt": "Decision Transformer"}
+OWN = {"o2o_sac": ("cql", "full-8000"), "o2o_td3": ("td3_bc", "full"), "o2o_ppo": ("iql", "full")}  # their own class
+METHOD_OF = {"o2o_sac": "O2SAC", "o2o_td3": "O2TD3", "o2o_ppo": "O2PPO"}
 CRITICS = {"fixed": "re-evaluated, fixed", "iterated": "re-evaluated, iterated", "aligned": "aligned"}
 COLUMNS = ["offline", "aligned", "initial_drop", "lowest", "auc", "final", "acting", "best", "closing"]
 HEADINGS = ["offline", "aligned", "initial drop", "lowest online", "mean online", "last 5 evaluations", "while acting"]
@@ -287,6 +290,63 @@ def comparison_table(runs):
     head = ["method", "seeds", "offline", "last 5 evaluations", "mean online", "lowest online"]
     rows = [row for _, row in sorted(rows, key=lambda row: -row[0])]
     return table([*head, "environment steps", "selection steps", "minutes"], rows)
+
+
+def transfer(runs):
+    """-> {task: {(source, script): its runs}}, of the tasks on which a policy of another origin was fine-tuned. The
+    policy of a script's own kind is its usual start."""
+    found = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        own = OWN.get(run["script"], (None, None))
+        source = own[0] if run["variant"] == own[1] else run["variant"].removeprefix("from-")
+        if run["script"] in OWN and source in SOURCES:
+            found[run["task"]][source, run["script"]].append(run)
+    origins = {task: {run["variant"] for cells in found[task].values() for run in cells} for task in found}
+    return {task: dict(found[task]) for task in sorted(found) if any(v.startswith("from-") for v in origins[task])}
+
+
+def teacher_score(found):
+    """Of the policy of the offline algorithm, over many episodes; None if it is not one that ships."""
+    policies = {run["policy"] for run in found}
+    return (measured_policies()[1].get(policies.pop()) or {}).get("score") if len(policies) == 1 else None
+
+
+def transfer_table(runs):
+    """A row for each offline policy and online script: the policy, the copy of it that the run starts from, what became
+    of that."""
+    rows = []
+    for task, cells in transfer(runs).items():
+        for source, script in ((source, script) for source in SOURCES for script in OWN if (source, script) in cells):
+            found = cells[source, script]
+            teacher = "–" if (score := teacher_score(found)) is None else f"{score:.1f}"
+            columns = ("offline", "aligned", "lowest", "final")
+            values = [cell([[run[column] for run in found]]) for column in columns]
+            rows.append([task, SOURCES[source], teacher, METHOD_OF[script], len(found), *values])
+    head = ["task", "offline policy", "its score", "script", "seeds", "start of the run", "aligned", "lowest online"]
+    return table([*head, "last 5 evaluations"], rows)
+
+
+def draw_transfer(runs, path):
+    """A map for each task: offline policies by online scripts, coloured by the score in the end."""
+    tasks = transfer(runs)
+    size = {"figsize": (4.6 * len(tasks), 3.6), "layout": "constrained", "squeeze": False}
+    drawing, axes = plt.subplots(1, len(tasks), **size)
+    for axis, (task, cells) in zip(axes[0], tasks.items(), strict=True):
+        sources = [source for source in SOURCES if any(s == source for s, _ in cells)]
+        final = np.full((len(sources), len(OWN)), np.nan)
+        for (source, script), found in cells.items():
+            i, j, mean = sources.index(source), [*OWN].index(script), interval([[run["final"] for run in found]])[0]
+            score = teacher_score(found)
+            start = interval([[run["offline"] for run in found]])[0] if score is None else score
+            text = f"{rounded(start)} → {rounded(mean)}\n({len(found)})"
+            final[i, j] = mean
+            axis.text(j, i, text, ha="center", va="center", fontsize=9, color="white" if mean < 60 else "black")
+        image = axis.imshow(final, vmin=0, vmax=110, cmap="viridis", aspect="auto")
+        axis.set_xticks(range(len(OWN)), [METHOD_OF[script] for script in OWN])
+        axis.set_yticks(range(len(sources)), [SOURCES[source] for source in sources])
+        axis.set_title(f"{task}: offline → online (seeds)", fontsize=9)
+    drawing.colorbar(image, ax=axes[0][-1], label="last 5 evaluations")
+    save(drawing, path)
 
 
 def measured_policies():
@@ -624,6 +684,7 @@ def all_tables(runs, curves, offline):
     tables = {"aggregate": aggregate_table(runs)} if aggregate(runs) else {}
     tables |= {"comparison": comparison_table(runs)} if compared(runs) else {}
     tables |= {group: group_table(runs, group) for group in STUDIED if chosen(runs, group)}
+    tables |= {"transfer": transfer_table(runs)} if transfer(runs) else {}
     tables |= {"alpha": alpha_table(runs)} if alphas(runs) else {}
     return tables | ({"critics": critic_table(curves, offline)} if curves else {})
 
@@ -662,6 +723,8 @@ def draw(results, runs, curves, offline):
     if compared(runs):
         draw_comparison(runs, results / "comparison.png")
         draw_methods(runs, results / "methods.png")
+    if transfer(runs):
+        draw_transfer(runs, results / "transfer.png")
     if alphas(runs):
         draw_alphas(runs, results / "alpha.png")
     if curves:

@@ -113,6 +113,34 @@ def test_tables_of_runs_made_by_hand(tmp_path):
     assert len((tmp_path / "curves.csv").read_text().splitlines()) == 1 + 4 * 5
 
 
+def test_the_transfer_table_has_a_row_for_each_policy_and_script(tmp_path):
+    """Those of the script's own class are its usual runs, and a task without a policy from elsewhere has no rows."""
+    for script, variant, last in (
+        ("o2o_td3", "from-cql", 90.0),
+        ("o2o_td3", "full", 70.0),
+        ("o2o_sac", "from-td3_bc", 80.0),
+        ("o2o_sac", "full-8000", 60.0),
+        ("o2o_sac", "full", 1.0),  # the shorter budget
+        ("o2o_td3", "no-align", 2.0),
+    ):
+        run_folder(tmp_path, script, variant, 1, [40.0, 60.0, last])
+    run_folder(tmp_path, "o2o_td3", "full", 1, [40.0, 60.0, 3.0], task="walker2d-medium-v2")
+    folder = tmp_path / "o2o_td3" / TASK / "from-cql" / "1"
+    given = {"algorithm": "o2o_td3", "env_id": TASK, "checkpoint": f"/x/offline/checkpoints/{TASK}/cql.pt"}
+    (folder / "args.json").write_text(json.dumps(given))
+    report.main(report.Args(tmp_path))
+    lines = (tmp_path / "report.md").read_text().split("## transfer\n\n")[1].split("\n\n")[0].splitlines()[2:]
+    rows = [[word.strip() for word in line.strip("|").split("|")] for line in lines]
+    score = f"{report.measured_policies()[1][f'{TASK}/cql.pt']['score']:.1f}"
+    assert [(row[1], row[2], row[3], row[-1]) for row in rows] == [
+        ("CQL", "–", "O2SAC", "60.0"),
+        ("CQL", score, "O2TD3", "90.0"),
+        ("TD3+BC", "–", "O2SAC", "80.0"),
+        ("TD3+BC", "–", "O2TD3", "70.0"),
+    ]
+    assert {row[0] for row in rows} == {TASK} and (tmp_path / "transfer.png").exists()
+
+
 def test_a_damaged_run_folder_is_named_and_left_out(tmp_path, capsys):
     for seed in (1, 2, 3, 4):
         run_folder(tmp_path, "o2o_td3", "full", seed, [40.0, 60.0, 70.0])
