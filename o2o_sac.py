@@ -65,15 +65,15 @@ class Args:
 
     reevaluation_steps: int = 100_000  # updates of stage 1 (paper: 500,000)
     alignment_steps: int = 15_000  # updates of stage 2 (paper: 500,000)
-    online_steps: int = 15_000  # environment steps of stage 3 (paper: 100,000)
+    online_steps: int = 8_000  # environment steps of stage 3 (paper: 100,000)
     reevaluate: bool = True  # stage 1; off: ablation
     align: bool = True  # stage 2; off: ablation
     constrain: bool = True  # the constraint of stage 3; off: ablation
     updates_per_step: int = 10  # gradient steps per environment step
     warm_up: int = 1_000  # environment steps that act without updates
     offline_fraction: float = 0.5  # share of the data in the batches of stage 3
-    eval_every: int = 1_000  # environment steps between evaluations
-    eval_every_updates: int = 5_000  # updates between them in stages 1 and 2
+    eval_every: int = 500  # environment steps between evaluations, which choose pi_ref too
+    eval_every_updates: int = 2_500  # updates between them in stages 1 and 2
     eval_episodes: int = 10  # episodes of one evaluation, all at once
 
     batch_size: int = 256  # transitions of one gradient step

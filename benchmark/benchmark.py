@@ -110,7 +110,7 @@ KITCHEN_EXPERIMENTS = {"o3f": {"iql": KITCHEN, "iql-noise": f"{KITCHEN} --no-opt
 EXPERIMENTS["critics"] = {"study": f"{SAC} --eval-every-updates 1000 {FAST}"}  # benchmark/critics.py
 # One seed each, on hopper-medium-v2: the default commands as they stand, and how budget and alpha change alignment
 DEFAULTS = {
-    "o2o_sac": f"{SAC} --online-steps 15000 --eval-every 1000 --eval-every-updates 5000",
+    "o2o_sac": f"{SAC} --online-steps 8000",
     "o2o_td3": f"{TD3} --online-steps 50000",
     "o2o_ppo": PPO,
 }
