@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import critics
+import offline_critics
 import pytest
 import speed
 import torch
@@ -310,6 +311,27 @@ def test_study_of_critics(checkpoint, tmp_path):
     actors = ("offline", "actor_fixed", "actor_iterated", "actor_aligned")
     assert not any(same(a, b) for a, b in itertools.combinations(actors, 2))
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "complete"
+
+
+@pytest.mark.parametrize(("name", "source"), offline_critics.SOURCES.items())
+def test_study_of_the_offline_methods_critics(name, source, tmp_path, monkeypatch, capsys):
+    """They enter the run as the offline run left them, with its statistics and without layer norm."""
+    few = ["--env-id", TASK, "--eval-episodes", "1", "--batch-size", "16", "--no-compile"]
+    few += ["--eval-every-updates", "2"]
+    offline = importlib.import_module(source)
+    words = ["--updates", "4", "--run-dir", str(tmp_path / "off"), "--output", str(tmp_path / "off" / "policy.pt")]
+    offline.main(offline.parse_args([*few, *words]))
+    run = ["--no-align", "--online-steps", "0", "--run-dir", str(tmp_path / "on")]
+    monkeypatch.setattr(sys, "argv", ["offline_critics.py", name, str(tmp_path / "off"), *few, *run])
+    offline_critics.main()
+    nets = [torch.load(tmp_path / run / "resume.pt", weights_only=True)["nets"] for run in ("off", "on")]
+    assert nets[0]["critics"].keys() == nets[1]["critics"].keys() and "net.0.weight" in nets[0]["critics"]
+    assert all(torch.equal(nets[0]["critics"][key], nets[1]["critics"][key]) for key in nets[0]["critics"])
+    assert json.loads((tmp_path / "on" / "args.json").read_text())["reevaluate"] is False
+    monkeypatch.setattr(sys, "argv", ["offline_critics.py", name, str(tmp_path), *few])
+    with pytest.raises(SystemExit) as stop:
+        offline_critics.main()
+    assert stop.value.code == 2 and "resume.pt is missing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
