@@ -3,7 +3,7 @@
     python offline/td3_bc.py --env-id hopper-medium-v2 --updates 200000 --bf16 --run-dir RUN --output RUN/policy.pt
     python benchmark/offline_critics.py o2o_td3 RUN --bf16
 
-o2o_td3.py from a TD3+BC policy, or o2o_sac.py from CQL's, with one change: there is no stage 1, and the critics start as
+o2o_td3.py from a TD3+BC policy, or o2o_sac.py from CQL's, with one change: no stage 1, and the critics start as
 those of the offline run folder RUN. All other flags are the script's own; `--resume` works. Beside it stand the script
 itself with `--checkpoint RUN/policy.pt`, and the same with `--no-reevaluate`, where the critics start untrained.
 """

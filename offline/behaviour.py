@@ -328,8 +328,10 @@ class StackedLinear(nn.Module):
 
     def forward(self, x):
         k = len(x)
-        x = torch.bmm(x, self.weight[:k]).float() + self.bias[:k]
-        return F.layer_norm(x, x.shape[-1:]) * self.scale[:k] + self.shift[:k] if self.layer_norm else x
+        x = torch.bmm(x, self.weight[:k])
+        if not self.layer_norm:
+            return x + self.bias[:k].to(x.dtype)  # in bf16 too, or the sum would move twice the memory
+        return F.layer_norm(x.float() + self.bias[:k], x.shape[-1:]) * self.scale[:k] + self.shift[:k]
 
 
 class Critics(nn.Module):

@@ -278,8 +278,10 @@ class StackedLinear(nn.Module):
 
     def forward(self, x):
         k = len(x)
-        x = torch.bmm(x, self.weight[:k]).float() + self.bias[:k]
-        return F.layer_norm(x, x.shape[-1:]) * self.scale[:k] + self.shift[:k] if self.layer_norm else x
+        x = torch.bmm(x, self.weight[:k])
+        if not self.layer_norm:
+            return x + self.bias[:k].to(x.dtype)  # in bf16 too, or the sum would move twice the memory
+        return F.layer_norm(x.float() + self.bias[:k], x.shape[-1:]) * self.scale[:k] + self.shift[:k]
 
 
 class Critics(nn.Module):
@@ -307,7 +309,8 @@ class CqlCritics(Critics):
         obs = ((obs - self.obs_mean) / self.obs_std).expand(self.n, -1, -1)
         actions = actions.reshape(1, batch * k, act_dim).expand(self.n, -1, -1)
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
-            h = torch.bmm(obs, first.weight[:, :-act_dim]).float() + first.bias
+            h = torch.bmm(obs, first.weight[:, :-act_dim])
+            h = h + first.bias.to(h.dtype)
             h = h.unsqueeze(2) + torch.bmm(actions, first.weight[:, -act_dim:]).view(self.n, batch, k, -1)
         return mlp(self.net[1:], h.flatten(1, 2), self.bf16).view(self.n, batch, k)
 
