@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -158,9 +159,19 @@ def test_after_every_refusal_a_run_still_resumes(capsys, monkeypatch, finished, 
     assert summary["status"] == "complete" and [step for step, _ in summary["scores"]] == [4, 8, 12, 16]
 
 
+@pytest.fixture(scope="module")
+def finished_runs():
+    """script -> the folder of a finished run, made once."""
+    return {}
+
+
 @pytest.fixture
-def finished(script, tiny, tmp_path):
-    script.main(tiny())
+def finished(script, tiny, tmp_path, tmp_path_factory, finished_runs):
+    """The script, and a finished run of it that the test may damage."""
+    if script not in finished_runs:
+        finished_runs[script] = tmp_path_factory.mktemp(script.__name__) / "run"
+        script.main(tiny(run_dir=str(finished_runs[script])))
+    shutil.copytree(finished_runs[script], tmp_path / "run")
     return script, tmp_path / "run"
 
 

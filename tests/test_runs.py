@@ -307,11 +307,8 @@ def command_line(module, args):
     return argv
 
 
-@pytest.mark.parametrize("stage", ["offline", "online"])
-def test_kill_and_resume_equals_uninterrupted(script, tiny, tmp_path, stage):
-    """A real SIGKILL at an arbitrary moment of a stage, then --resume."""
-    if stage == "offline":
-        stage = "reevaluate" if script is o2o_ppo else "align"
+def test_kill_and_resume_equals_uninterrupted(script, tiny, tmp_path):
+    """A real SIGKILL at an arbitrary moment of an offline stage, then --resume, and another one online."""
     settings = {"reevaluation_steps": 60, "alignment_steps": 90, "online_steps": 150, "eval_every": 25}
     settings |= {"eval_every_updates": 30}
     if script is o2o_ppo:
@@ -321,28 +318,25 @@ def test_kill_and_resume_equals_uninterrupted(script, tiny, tmp_path, stage):
     process = subprocess.Popen(
         command_line(script.__name__, tiny(run_dir=str(killed), **settings)), stdout=subprocess.DEVNULL
     )
-    deadline = time.time() + 120
 
-    def rows_of_stage():
+    def rows_of(stage):
         lines = (killed / "metrics.jsonl").read_text().splitlines() if (killed / "metrics.jsonl").exists() else []
         return sum(f'"stage": "{stage}"' in line for line in lines)
 
-    while rows_of_stage() < 2:  # the second is written after the state of the first was saved
-        assert process.poll() is None and time.time() < deadline, "the run ended before it could be killed"
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert json.loads((killed / "summary.json").read_text())["status"] == "running"
-    saved = torch.load(killed / "resume.pt", weights_only=True)
-    assert saved["progress"]["stage"] == stage and saved["progress"]["step"] > 0
-    assert ("online" in saved) == (stage == "online")
-    resumed = subprocess.run(
-        [sys.executable, ROOT / f"{script.__name__}.py", "--resume", killed],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert resumed.returncode == 0, resumed.stderr
+    resume = [sys.executable, ROOT / f"{script.__name__}.py", "--resume", killed]
+    for stage in ("reevaluate" if script is o2o_ppo else "align", "online"):
+        deadline = time.time() + 120
+        while rows_of(stage) < 2:  # the second is written after the state of the first was saved
+            assert process.poll() is None and time.time() < deadline, "the run ended before it could be killed"
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert json.loads((killed / "summary.json").read_text())["status"] == "running"
+        saved = torch.load(killed / "resume.pt", weights_only=True)
+        assert saved["progress"]["stage"] == stage and saved["progress"]["step"] > 0
+        assert ("online" in saved) == (stage == "online")
+        process = subprocess.Popen(resume, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert process.wait() == 0, process.stderr.read()
     assert_same(weights(tmp_path / "whole"), weights(killed))
     drop_times = lambda row: {key: v for key, v in row.items() if "per_second" not in key}  # noqa: E731
     assert [drop_times(row) for row in metrics(killed)] == [drop_times(row) for row in metrics(tmp_path / "whole")]
