@@ -172,6 +172,7 @@ def test_a_run_that_fails_is_named(tmp_path):
 def test_a_damaged_folder_stops_nothing_else(tmp_path):
     """A command that can't be read fails that run; a summary that can't be read is written anew by its run."""
     words = ("--script", "o2o_td3", "--task", TASK, "--variant", "full", "no-align", "--seed", 1)
+    words += ("--pretrain", f"--offline-flags={OFFLINE}")  # a policy that falls at once: its evaluations are short
     first, second = (tmp_path / "o2o_td3" / TASK / name / "1" for name in ("full", "no-align"))
     for folder in (first, second):
         folder.mkdir(parents=True)
@@ -180,7 +181,7 @@ def test_a_damaged_folder_stops_nothing_else(tmp_path):
     (second / "summary.json").write_text('{"status": "compl')
     text = run(*words, f"--flags={TINY}", "--results", tmp_path, expect=1)
     assert f"{first / 'command.json'} is damaged; remove the folder" in text
-    assert "1 of 2 runs failed: o2o_td3 hopper-medium-v2 full 1" in text
+    assert "1 of 3 runs failed: o2o_td3 hopper-medium-v2 full 1" in text
     assert f"warning: {second / 'summary.json'} is damaged" in text
     assert json.loads((second / "summary.json").read_text())["status"] == "complete"
 
