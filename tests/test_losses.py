@@ -178,6 +178,8 @@ def test_critics_equal_separate_networks():
 def test_cql_critics_score_many_actions_like_single_ones(bf16):
     torch.manual_seed(0)
     critics = cql.CqlCritics(torch.randn(4), torch.rand(4) + 0.5, 2, (16, 16), bf16=bf16)
+    for layer in critics.net[::2]:
+        nn.init.normal_(layer.bias)  # they start at 0, where a forgotten one would not show
     obs, actions = torch.randn(5, 4), torch.rand(5, 7, 2) * 2 - 1
     many = critics.many(obs, actions)
     assert many.shape == (2, 5, 7) and many.dtype == torch.float32
