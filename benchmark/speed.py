@@ -1,11 +1,13 @@
-"""Updates per second of the scripts' own updates: eager and compiled, in float32 and in bf16.
+"""Updates per second of the scripts' own updates, eager and compiled, in float32 and in bf16, and how near they are to
+the least time that they could take: that of their matrix products alone.
 
     python benchmark/speed.py  # prints a table and writes results/speed.md, in about ten minutes
     python benchmark/speed.py --updates o2o_sac cql --output mine.md
 
 Random data of Hopper's sizes (11 observations, 3 actions) and the batch of each script's defaults. Modes take turns and
 the median counts, on one thread and by the CPU time of this process, so that other work on the machine disturbs little.
-Only ratios say something about another machine.
+Only ratios say something about another machine. The products are those that the eager update makes, forward and
+backward, in its shapes, strides and precision, one after the other.
 """
 
 import importlib
@@ -21,6 +23,7 @@ from pathlib import Path
 import torch
 import tyro
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "offline")]
@@ -105,6 +108,35 @@ def updates_of(name, compiled, bf16):
     return {stage: partial(script.compile_update(update, args), *inputs) for (stage, inputs), update in pairs}
 
 
+class Products(TorchDispatchMode):
+    """Keeps the factors of every matrix product that is made under it, those of a backward pass included."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if (name := function.overloadpacket.__name__) in ("mm", "addmm", "bmm", "baddbmm"):
+            left, right = args[-2:]  # the two others add a bias in front
+            self.calls.append((torch.mm if name in ("mm", "addmm") else torch.bmm, left.detach(), right.detach()))
+        return result
+
+
+def products_of(update):
+    """-> a function that makes the matrix products of one update and nothing else."""
+    with Products() as seen:
+        update()
+    calls = [(product, left, right, product(left, right)) for product, left, right in seen.calls]
+
+    @torch.no_grad()
+    def products():
+        for product, left, right, out in calls:
+            product(left, right, out=out)
+
+    return products
+
+
 def rate(update, seconds):
     """-> calls per second of CPU time."""
     start, count = time.process_time(), 0
@@ -127,20 +159,32 @@ def main(args: Args):
         sys.exit(f"error: no updates of {', '.join(unknown)} are known here; there are {', '.join(Args.updates)}")
     torch.set_num_threads(1)
     modes = {f"{c}, {p}": (c == "compiled", p == "bf16") for p in ("fp32", "bf16") for c in ("eager", "compiled")}
-    lines = ["| update | " + " | ".join(modes) + " | factor |", "| --- |" + " --- |" * (len(modes) + 1)]
+    heads = ["eager, fp32", "compiled, fp32", "of its products", "eager, bf16", "compiled, bf16", "of its products"]
+    lines = ["| update | " + " | ".join(heads) + " | factor |", "| --- |" + " --- |" * (len(heads) + 1)]
     for name in args.updates:
         made = {mode: updates_of(name, *flags) for mode, flags in modes.items()}
         for stage in made["eager, fp32"]:
-            for updates in made.values():
-                updates[stage]()  # compiles
-            rounds = [[rate(updates[stage], args.seconds) for updates in made.values()] for _ in range(args.rounds)]
-            rates = [statistics.median(column) for column in zip(*rounds, strict=True)]
-            cells = " | ".join(f"{value:.0f}" if value > 20 else f"{value:.1f}" for value in rates)
-            lines.append(f"| {name} {stage} | {cells} | {rates[-1] / rates[0]:.1f} |")
+            ways = {mode: updates[stage] for mode, updates in made.items()}
+            for update in ways.values():
+                update()  # compiles
+            ways |= {f"products, {p}": products_of(ways[f"eager, {p}"]) for p in ("fp32", "bf16")}
+            rounds = [[rate(way, args.seconds) for way in ways.values()] for _ in range(args.rounds)]
+            columns = zip(*rounds, strict=True)
+            rates = dict(zip(ways, map(statistics.median, columns), strict=True))
+            cells = {mode: f"{rates[mode]:.0f}" if rates[mode] > 20 else f"{rates[mode]:.1f}" for mode in modes}
+            row = [name + " " + stage]
+            for p in ("fp32", "bf16"):
+                ratio = rates[f"products, {p}"] / rates[f"compiled, {p}"]
+                row += [cells[f"eager, {p}"], cells[f"compiled, {p}"], f"{ratio:.2f}"]
+            factor = rates["compiled, bf16"] / rates["eager, fp32"]
+            lines.append("| " + " | ".join([*row, f"{factor:.1f}"]) + " |")
             print(lines[-1], flush=True)
     doc = f"`python benchmark/speed.py`, torch {torch.__version__}, one thread, {cpu()}. Hopper's sizes, random data."
-    factor = "Updates per second of CPU time; factor: compiled in bf16 against eager in fp32."
-    args.output.write_text("\n".join(["# Speed", "", doc, factor, "", *lines]) + "\n")
+    text = (
+        "Updates per second of CPU time. Of its products: the compiled update's time in units of that of its matrix"
+        "\nproducts alone, in the same precision. Factor: compiled in bf16 against eager in fp32."
+    )
+    args.output.write_text("\n".join(["# Speed", "", doc, text, "", *lines]) + "\n")
 
 
 if __name__ == "__main__":
