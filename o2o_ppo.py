@@ -13,7 +13,7 @@ by error alone, so the first updates destroy the policy. Only the offline *polic
     python o2o_ppo.py --reevaluation-steps 1000000  # the paper's budget
 
 In the released code the term of the reference cancels: shapes (N,) and (N, 1) are added. Here it is added sample by
-sample; --no-align is what that code did. docs/method.md has what else differs.
+sample; --no-align is close to what that code did. docs/method.md has what else differs.
 
 The method ends with `train`. What follows is plumbing (networks, data, run folder), the same in every script but for
 the policy's class.
@@ -92,8 +92,8 @@ class Args:
     scale_rewards: bool = False  # divide by the running std of the discounted return
     alpha: float = 2.0  # size of the reference policy's advantage
     alignment_steps: int = 250_000  # environment steps in which its weight falls to 0
-    reference: Literal["best", "interval"] = "best"  # pi_ref: the best policy so far, or renewed at intervals
-    reference_every: int = 25_000  # environment steps between renewals with --reference interval
+    reference: Literal["best", "interval"] = "best"  # pi_ref online: the best policy so far, or renewed at intervals
+    reference_every: int = 2_500  # environment steps between renewals with --reference interval
 
     compile: bool = True  # compile each update into one graph
     bf16: bool = False  # matrix products in bf16, on CPUs and GPUs that have units for it
@@ -107,7 +107,8 @@ def settings(args):
     if args.env_id.startswith("antmaze"):
         values |= {"reward_bias": -1.0, "eval_every": 10_000, "eval_every_updates": 25_000, "eval_episodes": 50}
     values |= {"alignment_steps": 500_000} if expert else {}
-    return values | ({"epochs": 5, "max_std": 0.05} if expert and args.env_id.startswith("hopper") else {})
+    slow = {"epochs": 5, "max_std": 0.05, "reference_every": 10_000}
+    return values | (slow if expert and args.env_id.startswith("hopper") else {})
 
 
 def discounted_sums(rewards, starts, gamma):
@@ -148,7 +149,7 @@ def gae(reward, value, next_value, terminated, done, gamma, lam):
 
 
 def reference_advantage(log_prob, entropy, act_dim, alpha):
-    """The advantage that the reference policy gives an action, bounded below by about -4 alpha:
+    """The advantage that the reference policy gives an action, always above -4 alpha:
 
         A_ref(s,a) = alpha / A * h( log pi_ref(a|s) + H(pi_ref) ),   h(x) = softplus(x + 4 A) - 4 A
 
@@ -159,7 +160,8 @@ def reference_advantage(log_prob, entropy, act_dim, alpha):
 
 
 def combined_advantage(advantage, reference, weight):
-    """A' = (A + w std(A) A_ref) / (1 + w), sample by sample, then normalised over the iteration; all of one shape."""
+    """A' = (A + w std(A) A_ref) / (1 + w), sample by sample, then normalised over the iteration, which makes the
+    division one of the paper's equation alone; all of one shape."""
     mixed = (advantage + weight * advantage.std() * reference) / (1 + weight)
     return (mixed - mixed.mean()) / (mixed.std() + 1e-8)
 
@@ -306,13 +308,6 @@ class RewardScaler:
         self.total = saved["total"].numpy().copy()
 
 
-def warn_unless_near(v_start, discounted_return):
-    """Says so if stage 1 ended far from what it estimates."""
-    if abs(v_start - discounted_return) > 0.5 * abs(discounted_return):
-        values = f"start states are worth {v_start:.0f}, the policy obtains {discounted_return:.0f} from them"
-        print(f"re-evaluation has not converged: {values}; raise --reevaluation-steps", file=sys.stderr)
-
-
 def train_online(args, run, update, data, score, scaler):
     """Stage 2: PPO on iterations of `rollout` steps, with the advantage of the reference policy added."""
     progress, generator, device = run.progress, run.generator, data.rows.device
@@ -354,7 +349,8 @@ def train_online(args, run, update, data, score, scaler):
                 "reference_weight": weight,
                 "explained": float(1 - advantage.var() / (advantage + v).var().clamp(min=1e-8)),
             }
-            row = values | more | {"updates_per_second": count / max(seconds, 1e-9)} | score(choose=args.align)
+            more |= score(choose=args.align and args.reference == "best")
+            row = values | more | {"updates_per_second": count / max(seconds, 1e-9)}
             progress["scores"].append([step, row["score"]])
             run.log("online", step, row)
             run.save(online=rollout.state())
@@ -391,8 +387,8 @@ def train(args, run, data, actor):
         reward = reward / scaler.std()
 
     def values():
-        """V in start states beside what the offline policy obtains from them: V is that of the data's policy, so it
-        should stand still somewhat lower."""
+        """V, mean over ten start states for each environment, beside what the offline policy obtained in an episode of
+        each: V is that of the data's policy, so it should stand still, somewhat lower or, on poor data, far lower."""
         obs = data.to_tensor(np.stack([env.reset(seed=i)[0] for i, env in enumerate(10 * envs)]))
         with torch.no_grad():
             v = nets["value"](obs).mean()
@@ -412,7 +408,6 @@ def train(args, run, data, actor):
         if args.reevaluate:
             rows = value_targets(data, reward, args.gamma)
             train_offline(args, run, "reevaluate", args.reevaluation_steps, reevaluate, rows, (1,), values)
-            warn_unless_near(**values())
         run.enter("online")
     train_online(args, run, finetune, data, score, scaler)
     progress["closing_score"], progress["closing_error"] = closing_score(args, actor, data, envs)
@@ -421,7 +416,7 @@ def train(args, run, data, actor):
 
 
 ALGORITHM, KIND, SOURCE = "o2o_ppo", "tanh_gaussian", "iql"  # this script, its policy class, where that comes from
-RESUMABLE = "reevaluation_steps alignment_steps online_steps compile num_threads track wandb_project_name wandb_entity"
+RESUMABLE = "reevaluation_steps online_steps compile num_threads track wandb_project_name wandb_entity"
 PRIVATE = "stage step episode_start reference_score discounted_return"  # of a run's progress, not in summary.json
 RANGES = {
     (-(10**9), 10**9): "reward_bias",
@@ -530,19 +525,23 @@ def numbers(**values):
 
 def compile_update(update, args):
     """The whole update as one graph (CUDA graphs on a GPU); with --no-compile, or no compiler that works, eagerly."""
+    if not args.compile:
+        return update
     torch._dynamo.config.trace_autograd_ops = True  # lets torch.autograd.grad stay inside the graph
     options = {"triton.cudagraphs": True} if args.cuda else {"cpp_wrapper": True}  # a Python wrapper costs a tenth
-    ways = [torch.compile(update, fullgraph=True, options=options)] * args.compile + [update]
+    chosen = torch.compile(update, fullgraph=True, options=options)
 
     def run(*inputs):
+        nonlocal chosen
         try:
-            return ways[0](*inputs)
+            return chosen(*inputs)
         except torch._dynamo.exc.BackendCompilerFailed as error:  # before anything was computed
             reason = f"{type(error.inner_exception).__name__}; the updates run uncompiled, about a third slower"
             print(f"no C++ compiler that works: {reason}", file=sys.stderr)
-            return ways.pop(0) and update(*inputs)
+            chosen = update
+            return update(*inputs)
 
-    return run if args.compile else update
+    return run
 
 
 class UserError(Exception):
@@ -591,7 +590,8 @@ def check_spec(spec, name):
         good &= gym.registry[spec["id"]].entry_point == spec["entry_point"]
         good &= not any(isinstance(value, str) and "/" in value for value in spec["kwargs"].values())  # files
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        raise UserError(f"{name} names no environment that gymnasium knows ({error!r}); none was made") from error
+        hint = "none was made; import what registers your own at the top of this file"
+        raise UserError(f"{name} names no environment that gymnasium knows ({error!r}); {hint}") from error
     if not good:
         raise UserError(f"{name} names {spec['id']} with code or wrappers that are not gymnasium's; none was made")
 
@@ -601,7 +601,7 @@ def load_data(args, device):
     there is no such dataset, or if it is not flat, not finite, or of no environment here."""
     name, here = args.dataset or f"o2o/{args.env_id}", Path(__file__).resolve().parent
     scripts = [path / "collect.py" for path in (here / "offline", here, here.parent / "offline")]
-    scripts = [path for path in scripts if path.exists()]
+    scripts = [path for path in scripts if path.exists() and path.parent.name == "offline"]
     try:
         folder = Path(get_dataset_path(name))
         if not folder.exists() and args.dataset:
@@ -667,12 +667,12 @@ def mode_of(policy):
 
 
 def score_actor(args, run, data, envs, choose=False):
-    """-> {"score"} of the actor's mode, from the same start states in every evaluation of a run. With --reference best
-    the actor becomes pi_ref where `choose` allows it and it beats every pi_ref so far: interaction, so it's counted."""
+    """-> {"score"} of the actor's mode, from the same start states in every evaluation of a run. With `choose` the
+    actor becomes pi_ref if it beats every pi_ref so far: interaction, so its steps are counted."""
     progress, actor = run.progress, run.nets["actor"]
     returns, _, steps = evaluate(mode_of(actor), envs, 100_000_000 + 1_000_000 * args.seed, data.rows.device)
     score = data.score(returns.mean())
-    if choose and args.reference == "best":
+    if choose:
         progress["selection_steps"] += steps
         if score > progress["reference_score"]:
             progress["reference_score"] = score
@@ -683,7 +683,8 @@ def score_actor(args, run, data, envs, choose=False):
 def closing_score(args, policy, data, envs, episodes=50):
     """-> the score over `episodes` or a few more, from start states that no other evaluation sees, and the standard
     error of that mean."""
-    seeds = range(200_000_000 + 1_000_000 * args.seed, 10**12, len(envs))[: -(-episodes // len(envs))]
+    first = 200_000_000 + 1_000_000 * args.seed
+    seeds = range(first, first + episodes, len(envs))
     returns = np.concatenate([evaluate(mode_of(policy), envs, seed, data.rows.device)[0] for seed in seeds])
     scores = np.array([data.score(x) for x in returns])
     return float(scores.mean()), float(scores.std() / math.sqrt(len(scores)))
@@ -716,11 +717,16 @@ def load_actor(args, path, run, data):
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, IndexError) as error:
         sizes = f"{data.obs_dim} observations and {data.act_dim} actions"
         raise UserError(f"{path} holds no policy for {sizes} in format 1 ({type(error).__name__})") from error
-    flags = {"env-id": args.env_id, "dataset": data.name, "seed": args.seed, "teacher": path, "policy": KIND}
-    flags |= {"output": copy, "run-dir": run.dir / "imitation"}
+    if path == copy or not bc.exists():
+        raise UserError(f"{path} holds a {kind} policy, not a {KIND} one; imitating it takes offline/bc.py beside this")
+    flags, folder = {"env-id": args.env_id, "dataset": data.name, "seed": args.seed}, run.dir / "imitation"
+    flags |= {"teacher": Path(path).resolve(), "policy": KIND, "output": copy, "run-dir": folder}
+    flags = {"resume": folder} if (folder / "args.json").exists() else flags  # this run was cut off while it imitated
     command = [sys.executable, bc, *(f"--{key}={value}" for key, value in flags.items())]
     if not copy.exists() and subprocess.run(command).returncode:
         raise UserError(f"{path} holds a {kind} policy, not a {KIND} one, and offline/bc.py could not imitate it")
+    if not args.resume and load_file(copy).get("args", {}).get("teacher") != str(Path(path).resolve()):
+        raise UserError(f"{copy} imitates another policy than {path}; name another --run-dir")
     return load_actor(args, copy, run, data)
 
 
@@ -766,8 +772,8 @@ def versions():
 
 class Run:
     """The run folder: args.json, metrics.jsonl and TensorBoard events, summary.json, and resume.pt, which holds
-    everything that the next update depends on. `progress` are plain numbers, strings and lists. Nothing is written
-    before `restore`, when all that can be refused has been."""
+    everything that the next update depends on. `progress` are plain numbers, strings and lists. Nothing but the copy of
+    a policy of another class is written before `restore`, when all that can be refused has been."""
 
     def __init__(self, args, progress):
         now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}"  # two runs may start in one second
@@ -950,7 +956,8 @@ def main(args: Args):
     scores = "offline_score offline_error start_score aligned_score closing_score closing_error"
     progress |= dict.fromkeys(scores.split())
     run = Run(args, progress | {"reference_score": -math.inf, "updates_per_second": {}})
-    if run.progress["online_steps"] > args.online_steps:
+    whole = -(-args.online_steps // args.rollout) * args.rollout  # iterations
+    if run.progress["online_steps"] > whole:
         raise UserError(f"{run.dir} did {run.progress['online_steps']} --online-steps already; resume it with more")
     data = load_data(args, torch.device("cuda" if args.cuda else "cpu"))
     actor, status = load_actor(args, path, run, data), "failed"

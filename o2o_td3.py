@@ -6,7 +6,7 @@ error alone, so the first updates destroy the policy. Three stages remove them; 
 whatever trained it:
 
   1 reevaluate  learn Q of the frozen offline policy on the data, with TD3's own    td_target
-                Bellman operator and no pessimism
+                Bellman operator, without a conservative term
   2 align       keep Q of the policy's action, lower the others the further away    alignment_target
                 they are; update the actor on the result
   3 finetune    TD3 online, under |pi - pi_ref|^2 < limit(t), by a Lagrangian       td_target,
@@ -94,8 +94,8 @@ class Args:
     multiplier: float = 1.0  # lambda at the start of stage 3
     multiplier_lr: float = 5e-5  # of log lambda, one step per update of the actor
     kappa: float = 0.7  # weight of a violated constraint in lambda's loss; a slack one weighs 1 - kappa
-    reference: Literal["best", "interval"] = "best"  # pi_ref: the best policy so far, or renewed at intervals
-    reference_every: int = 10_000  # environment steps between renewals with --reference interval
+    reference: Literal["best", "interval"] = "best"  # pi_ref online: the best policy so far, or renewed at intervals
+    reference_every: int = 1_000  # environment steps between renewals with --reference interval
 
     compile: bool = True  # compile each update into one graph
     bf16: bool = False  # matrix products in bf16, on CPUs and GPUs that have units for it
@@ -106,6 +106,7 @@ def settings(args):
     """What the authors change with the task (appendix of the paper); the command line still wins."""
     expert = args.env_id.split("-v")[0].endswith("expert")  # expert and medium-expert data
     values = {"exploration_noise": 0.05, "limit_start": 2.5e-5, "limit_end": 6.25e-4}
+    values |= {"reference_every": 10_000} if args.env_id.startswith(("hopper", "walker2d-expert")) else {}
     values = values if expert else {"limit_end": Args.limit_end}
     if args.env_id.startswith("antmaze"):
         values |= {"reward_bias": -1.0, "warm_up": 5_000, "eval_every": 5_000, "eval_every_updates": 25_000}
@@ -239,8 +240,8 @@ def train_offline(args, run, stage, steps, update, rows, shape, check, extra=lam
 def warn_unless_near(v_start, discounted_return):
     """Says so if stage 1 ended far from what it estimates."""
     if abs(v_start - discounted_return) > 0.5 * abs(discounted_return):
-        values = f"start states are worth {v_start:.0f}, the policy obtains {discounted_return:.0f} from them"
-        print(f"re-evaluation has not converged: {values}; raise --reevaluation-steps", file=sys.stderr)
+        values = f"start states are worth {v_start:.0f}, the policy obtains {discounted_return:.0f}"
+        print(f"stage 1 ended far off: {values}; if v_start still rises, raise --reevaluation-steps", file=sys.stderr)
 
 
 def train_online(args, run, update, data, score):
@@ -281,7 +282,7 @@ def train_online(args, run, update, data, score):
         if step % args.eval_every == 0 or step == args.online_steps:
             limits = {"limit": limit_at(args, step), "multiplier": log_multiplier.exp().item() * args.constrain}
             progress["updates_per_second"]["online"] = limits["updates_per_second"] = count / max(seconds, 1e-9)
-            row = values | limits | score(choose=args.constrain)
+            row = values | limits | score(choose=args.constrain and args.reference == "best")
             progress["scores"].append([step, row["score"]])
             run.log("online", step, row)
             run.save(online=buffer[first : first + step].cpu().clone())
@@ -312,8 +313,9 @@ def train(args, run, data, actor):
     score, shape = partial(score_actor, args, run, data, envs), (args.batch_size, data.act_dim)
 
     def values():
-        """V of pi_off in start states beside what pi_off obtains from them, discounted: re-evaluation is long enough
-        once the former stands still near the latter (a little below it, since its actions are smoothed)."""
+        """V of pi_off, mean over ten start states for each environment, beside what pi_off obtained in an episode of
+        each, discounted: re-evaluation is long enough once the former stands still near the latter (a little below it,
+        since its actions are smoothed)."""
         obs = data.to_tensor(np.stack([env.reset(seed=i)[0] for i, env in enumerate(10 * envs)]))
         with torch.no_grad():
             value = nets["critics"](obs, nets["offline"](obs)).amin(0).mean()
@@ -471,19 +473,23 @@ def numbers(**values):
 
 def compile_update(update, args):
     """The whole update as one graph (CUDA graphs on a GPU); with --no-compile, or no compiler that works, eagerly."""
+    if not args.compile:
+        return update
     torch._dynamo.config.trace_autograd_ops = True  # lets torch.autograd.grad stay inside the graph
     options = {"triton.cudagraphs": True} if args.cuda else {"cpp_wrapper": True}  # a Python wrapper costs a tenth
-    ways = [torch.compile(update, fullgraph=True, options=options)] * args.compile + [update]
+    chosen = torch.compile(update, fullgraph=True, options=options)
 
     def run(*inputs):
+        nonlocal chosen
         try:
-            return ways[0](*inputs)
+            return chosen(*inputs)
         except torch._dynamo.exc.BackendCompilerFailed as error:  # before anything was computed
             reason = f"{type(error.inner_exception).__name__}; the updates run uncompiled, about a third slower"
             print(f"no C++ compiler that works: {reason}", file=sys.stderr)
-            return ways.pop(0) and update(*inputs)
+            chosen = update
+            return update(*inputs)
 
-    return run if args.compile else update
+    return run
 
 
 class UserError(Exception):
@@ -532,7 +538,8 @@ def check_spec(spec, name):
         good &= gym.registry[spec["id"]].entry_point == spec["entry_point"]
         good &= not any(isinstance(value, str) and "/" in value for value in spec["kwargs"].values())  # files
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        raise UserError(f"{name} names no environment that gymnasium knows ({error!r}); none was made") from error
+        hint = "none was made; import what registers your own at the top of this file"
+        raise UserError(f"{name} names no environment that gymnasium knows ({error!r}); {hint}") from error
     if not good:
         raise UserError(f"{name} names {spec['id']} with code or wrappers that are not gymnasium's; none was made")
 
@@ -542,7 +549,7 @@ def load_data(args, device):
     there is no such dataset, or if it is not flat, not finite, or of no environment here."""
     name, here = args.dataset or f"o2o/{args.env_id}", Path(__file__).resolve().parent
     scripts = [path / "collect.py" for path in (here / "offline", here, here.parent / "offline")]
-    scripts = [path for path in scripts if path.exists()]
+    scripts = [path for path in scripts if path.exists() and path.parent.name == "offline"]
     try:
         folder = Path(get_dataset_path(name))
         if not folder.exists() and args.dataset:
@@ -636,12 +643,12 @@ def mode_of(policy):
 
 
 def score_actor(args, run, data, envs, choose=False):
-    """-> {"score"} of the actor's mode, from the same start states in every evaluation of a run. With --reference best
-    the actor becomes pi_ref where `choose` allows it and it beats every pi_ref so far: interaction, so it's counted."""
+    """-> {"score"} of the actor's mode, from the same start states in every evaluation of a run. With `choose` the
+    actor becomes pi_ref if it beats every pi_ref so far: interaction, so its steps are counted."""
     progress, actor = run.progress, run.nets["actor"]
     returns, _, steps = evaluate(mode_of(actor), envs, 100_000_000 + 1_000_000 * args.seed, data.rows.device)
     score = data.score(returns.mean())
-    if choose and args.reference == "best":
+    if choose:
         progress["selection_steps"] += steps
         if score > progress["reference_score"]:
             progress["reference_score"] = score
@@ -652,7 +659,8 @@ def score_actor(args, run, data, envs, choose=False):
 def closing_score(args, policy, data, envs, episodes=50):
     """-> the score over `episodes` or a few more, from start states that no other evaluation sees, and the standard
     error of that mean."""
-    seeds = range(200_000_000 + 1_000_000 * args.seed, 10**12, len(envs))[: -(-episodes // len(envs))]
+    first = 200_000_000 + 1_000_000 * args.seed
+    seeds = range(first, first + episodes, len(envs))
     returns = np.concatenate([evaluate(mode_of(policy), envs, seed, data.rows.device)[0] for seed in seeds])
     scores = np.array([data.score(x) for x in returns])
     return float(scores.mean()), float(scores.std() / math.sqrt(len(scores)))
@@ -685,11 +693,16 @@ def load_actor(args, path, run, data):
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, IndexError) as error:
         sizes = f"{data.obs_dim} observations and {data.act_dim} actions"
         raise UserError(f"{path} holds no policy for {sizes} in format 1 ({type(error).__name__})") from error
-    flags = {"env-id": args.env_id, "dataset": data.name, "seed": args.seed, "teacher": path, "policy": KIND}
-    flags |= {"output": copy, "run-dir": run.dir / "imitation"}
+    if path == copy or not bc.exists():
+        raise UserError(f"{path} holds a {kind} policy, not a {KIND} one; imitating it takes offline/bc.py beside this")
+    flags, folder = {"env-id": args.env_id, "dataset": data.name, "seed": args.seed}, run.dir / "imitation"
+    flags |= {"teacher": Path(path).resolve(), "policy": KIND, "output": copy, "run-dir": folder}
+    flags = {"resume": folder} if (folder / "args.json").exists() else flags  # this run was cut off while it imitated
     command = [sys.executable, bc, *(f"--{key}={value}" for key, value in flags.items())]
     if not copy.exists() and subprocess.run(command).returncode:
         raise UserError(f"{path} holds a {kind} policy, not a {KIND} one, and offline/bc.py could not imitate it")
+    if not args.resume and load_file(copy).get("args", {}).get("teacher") != str(Path(path).resolve()):
+        raise UserError(f"{copy} imitates another policy than {path}; name another --run-dir")
     return load_actor(args, copy, run, data)
 
 
@@ -735,8 +748,8 @@ def versions():
 
 class Run:
     """The run folder: args.json, metrics.jsonl and TensorBoard events, summary.json, and resume.pt, which holds
-    everything that the next update depends on. `progress` are plain numbers, strings and lists. Nothing is written
-    before `restore`, when all that can be refused has been."""
+    everything that the next update depends on. `progress` are plain numbers, strings and lists. Nothing but the copy of
+    a policy of another class is written before `restore`, when all that can be refused has been."""
 
     def __init__(self, args, progress):
         now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}"  # two runs may start in one second

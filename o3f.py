@@ -1,8 +1,8 @@
 """O3F: fine-tuning offline policies with optimistic action selection (ICLR 2023 submission).
 
 The offline algorithm goes on unchanged, LAPO or IQL, on a buffer that starts as the offline data and grows. Only the
-action that is executed changes: of many candidates near the policy's own, the one that an ensemble of critics values
-most, plus omega of its standard deviations.
+action that is executed changes: of many candidates near the policy's own, the one with the largest mean plus omega
+standard deviations over an ensemble of critics.
 
     a ~ pi(a|s);  c_i ~ N(a, sigma^2), i = 1..N;  execute argmax_i Q_mean(s,c_i) + omega Q_std(s,c_i)     best_candidate
 
@@ -11,9 +11,9 @@ most, plus omega of its standard deviations.
     python o3f.py --env-id hopper-medium-v2 --base iql  # on IQL with five critics
     python o3f.py --base iql --no-optimism  # the baseline: the same algorithm with Gaussian noise of the same sigma
 
-Only for offline algorithms that do not push their critics down outside the data, since there the best candidate would
-be the policy's own action: a CQL checkpoint is refused. Of LAPO's updates_per_step updates all are of the critics and
-the last one of everything; of IQL's each is of everything.
+Only for offline algorithms that do not push their critics down outside the data, since there the candidates nearest to
+the policy's action would win: a CQL checkpoint is refused. The optimisers start anew. Of LAPO's updates_per_step
+updates all are of the critics and the last one of everything; of IQL's each is of everything.
 
 The method ends with `train`. What follows are the two offline algorithms as in offline/, and plumbing.
 """
@@ -64,7 +64,7 @@ class Args:
     resume: str | None = None  # folder of a run that was cut off, to be continued
 
     online_steps: int = 20_000  # environment steps (paper: 100,000)
-    optimism: bool = True  # choose among candidates; off: the policy's action with Gaussian noise of std sigma
+    optimism: bool = True  # choose among candidates; off: one candidate, so Gaussian noise of std sigma
     sigma: float = 0.2  # std of the candidates around the policy's action (paper: 0.05 outside locomotion)
     num_candidates: int = 100  # N
     omega: float = 0.0  # weight of the ensemble's standard deviation
@@ -137,10 +137,12 @@ def make_updates(args, nets, value_range, split):
     return optimizers, lambda rows, noise, pair, whole: update(rows, noise, rate)
 
 
-def noise_shape(args, nets, act_dim):
+def noise_shape(args, nets):
     """Of the standard normal noise that an update takes: LAPO's codes and decoded actions, or IQL's dropout."""
-    widths = [layer.out_features for layer in nets["actor"].net[:-1:2]] if args.base == "iql" and args.dropout else None
-    return (len(widths), args.batch_size, max(widths)) if widths else (2, args.batch_size, 2 * act_dim)
+    if args.base == "lapo":
+        return 2, args.batch_size, nets["actor"].latent.net[-1].out_features
+    widths = [layer.out_features for layer in nets["actor"].net[:-1:2]] if args.dropout else [1]
+    return len(widths), args.batch_size, max(widths)
 
 
 def train_online(args, run, act, update, value_range, data, score):
@@ -149,7 +151,7 @@ def train_online(args, run, act, update, value_range, data, score):
     progress, generator, scale = run.progress, run.generator, run.scale
     env, obs, buffer, first = online_start(args, run, data)  # rewards are scaled in it
     seconds, count, candidates = 0.0, 0, args.num_candidates if args.optimism else 1
-    shape = noise_shape(args, run.nets, data.act_dim)
+    shape = noise_shape(args, run.nets)
     for step in tqdm(range(progress["step"] + 1, args.online_steps + 1), desc="online", unit="step", disable=None):
         noise = torch.randn(1 + candidates, data.act_dim, generator=generator, device=generator.device)
         action = act(data.to_tensor(obs[None]), noise[:1], noise[1:])[0].cpu().numpy()
@@ -565,19 +567,23 @@ def numbers(**values):
 
 def compile_update(update, args):
     """The whole update as one graph (CUDA graphs on a GPU); with --no-compile, or no compiler that works, eagerly."""
+    if not args.compile:
+        return update
     torch._dynamo.config.trace_autograd_ops = True  # lets torch.autograd.grad stay inside the graph
     options = {"triton.cudagraphs": True} if args.cuda else {"cpp_wrapper": True}  # a Python wrapper costs a tenth
-    ways = [torch.compile(update, fullgraph=True, options=options)] * args.compile + [update]
+    chosen = torch.compile(update, fullgraph=True, options=options)
 
     def run(*inputs):
+        nonlocal chosen
         try:
-            return ways[0](*inputs)
+            return chosen(*inputs)
         except torch._dynamo.exc.BackendCompilerFailed as error:  # before anything was computed
             reason = f"{type(error.inner_exception).__name__}; the updates run uncompiled, about a third slower"
             print(f"no C++ compiler that works: {reason}", file=sys.stderr)
-            return ways.pop(0) and update(*inputs)
+            chosen = update
+            return update(*inputs)
 
-    return run if args.compile else update
+    return run
 
 
 class UserError(Exception):
@@ -626,7 +632,8 @@ def check_spec(spec, name):
         good &= gym.registry[spec["id"]].entry_point == spec["entry_point"]
         good &= not any(isinstance(value, str) and "/" in value for value in spec["kwargs"].values())  # files
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        raise UserError(f"{name} names no environment that gymnasium knows ({error!r}); none was made") from error
+        hint = "none was made; import what registers your own at the top of this file"
+        raise UserError(f"{name} names no environment that gymnasium knows ({error!r}); {hint}") from error
     if not good:
         raise UserError(f"{name} names {spec['id']} with code or wrappers that are not gymnasium's; none was made")
 
@@ -636,7 +643,7 @@ def load_data(args, device):
     there is no such dataset, or if it is not flat, not finite, or of no environment here."""
     name, here = args.dataset or f"o2o/{args.env_id}", Path(__file__).resolve().parent
     scripts = [path / "collect.py" for path in (here / "offline", here, here.parent / "offline")]
-    scripts = [path for path in scripts if path.exists()]
+    scripts = [path for path in scripts if path.exists() and path.parent.name == "offline"]
     try:
         folder = Path(get_dataset_path(name))
         if not folder.exists() and args.dataset:
@@ -732,7 +739,8 @@ def score_policy(args, run, data, envs):
 def closing_score(args, policy, data, envs, episodes=50):
     """-> the score over `episodes` or a few more, from start states that no other evaluation sees, and the standard
     error of that mean."""
-    seeds = range(200_000_000 + 1_000_000 * args.seed, 10**12, len(envs))[: -(-episodes // len(envs))]
+    first = 200_000_000 + 1_000_000 * args.seed
+    seeds = range(first, first + episodes, len(envs))
     returns = np.concatenate([evaluate(mode_of(policy), envs, seed, data.rows.device)[0] for seed in seeds])
     scores = np.array([data.score(x) for x in returns])
     return float(scores.mean()), float(scores.std() / math.sqrt(len(scores)))
@@ -836,8 +844,8 @@ def versions():
 
 class Run:
     """The run folder: args.json, metrics.jsonl and TensorBoard events, summary.json, and resume.pt, which holds
-    everything that the next update depends on. `progress` are plain numbers, strings and lists. Nothing is written
-    before `restore`, when all that can be refused has been."""
+    everything that the next update depends on. `progress` are plain numbers, strings and lists. Nothing but the copy of
+    a policy of another class is written before `restore`, when all that can be refused has been."""
 
     def __init__(self, args, progress):
         now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}"  # two runs may start in one second

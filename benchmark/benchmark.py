@@ -40,7 +40,7 @@ TD3 = "--reevaluation-steps 100000 --alignment-steps 50000 --eval-every 1000 --e
 PPO = "--reevaluation-steps 50000 --online-steps 250000 --eval-every 2500 --eval-every-updates 5000"
 LAPO = "--online-steps 20000 --eval-every 1000 --updates-per-step 1"  # the paper: 20 updates a step
 IQL = "--online-steps 50000 --eval-every 1000"
-PAPER = {  # by script, by variant, by the offline algorithm
+PAPER = {  # by script, by the offline algorithm
     "o2o_sac": "--reevaluation-steps 500000 --alignment-steps 500000 --online-steps 100000",
     "o2o_td3": "--reevaluation-steps 500000 --alignment-steps 500000 --online-steps 100000",
     "o2o_ppo": "--reevaluation-steps 1000000 --online-steps 250000",
@@ -55,7 +55,6 @@ PAPER = {  # by script, by variant, by the offline algorithm
     "baselines/proto": "--online-steps 1000000",
     "baselines/aca": "--offline-steps 500000 --online-steps 100000",
     "baselines/off2on": "--offline-steps 1000000 --cql-actions 10 --online-steps 250000",
-    "interval": "--reference-every 10000",
     "lapo": "--updates-per-step 20",
 }
 NAIVE = "--no-reevaluate --no-align --no-constrain"  # the online algorithm as it is, from the offline policy
@@ -66,12 +65,12 @@ EXPERIMENTS = {  # script: {variant: flags}
         **{variant: f"{SAC} --online-steps 4000 {FAST} {flag}" for variant, flag in ABLATIONS.items()},
         "naive": f"{SAC} --online-steps 4000 {FAST} {NAIVE}",
         "full-8000": f"{SAC} --online-steps 8000 {FAST}",
-        "interval": f"{SAC} --online-steps 8000 {FAST} --reference interval --reference-every 2000",
+        "interval": f"{SAC} --online-steps 8000 {FAST} --reference interval",
     },
     "o2o_td3": {
         **{variant: f"{TD3} --online-steps 50000 {FAST} {flag}" for variant, flag in ABLATIONS.items()},
         "naive": f"{TD3} --online-steps 50000 {FAST} {NAIVE}",
-        "interval": f"{TD3} --online-steps 50000 {FAST} --reference interval --reference-every 10000",
+        "interval": f"{TD3} --online-steps 50000 {FAST} --reference interval",
     },
     "o2o_ppo": {
         **{variant: f"{PPO} {FAST} {ABLATIONS[variant]}" for variant in ("full", "no-reevaluate", "no-align")},
@@ -244,7 +243,6 @@ def all_jobs(args):
             return  # the budget is the paper's, so it is `full` again
         paper = [
             *PAPER[path.removesuffix(".py").removeprefix("benchmark/")].split(),
-            *PAPER.get(variant, "").split(),
             *(PAPER.get(base, "").split() if script == "o3f" else ()),
         ]
         words = [*flags.split(), *(paper if args.paper else ()), *cuda, *shlex.split(args.flags)]

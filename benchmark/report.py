@@ -661,6 +661,32 @@ def draw_critics(curves, offline, path):
     save(drawing, path)
 
 
+def long_alignments(results):
+    """-> [(name, rows of the alignment)] of the runs with the paper's budgets, studies/long_alignment/<name>."""
+    folders = sorted(path.parent for path in results.glob("studies/long_alignment/*/metrics.jsonl"))
+    found = [(folder.name, [row for row in rows_of(folder) if row["stage"] == "align"]) for folder in folders]
+    return [(name, rows) for name, rows in found if rows]
+
+
+def draw_long_alignments(found, path):
+    """What an alignment does: the policy's score, its distance from the offline policy, and how large the critics'
+    error still is (root mean square of two critics at two actions a state) beside the preference that they learn."""
+    size = {"figsize": (13, 3.6 * len(found)), "layout": "constrained", "squeeze": False}
+    drawing, axes = plt.subplots(len(found), 3, **size)
+    for row, (name, rows) in zip(axes, found, strict=True):
+        steps = [r["step"] for r in rows]
+        row[0].plot(steps, [r["align/score"] for r in rows], ".-", label="score")
+        row[1].plot(steps, [r["align/divergence"] for r in rows], ".-", color="C1", label="f, from the offline policy")
+        row[2].plot(steps, [(r["align/critic_loss"] / 4) ** 0.5 for r in rows], ".-", label="error of the critics")
+        row[2].plot(
+            steps, [r["align/lowered"] for r in rows], ".-", color="C3", label="preference: how much is lowered"
+        )
+        for axis in row:
+            axis.set(title=name, xlabel="updates")
+            axis.legend(fontsize=8)
+    save(drawing, path)
+
+
 def csv_files(runs):
     """runs.csv: a row a run; curves.csv: a row an evaluation. -> {name: text}"""
     keys = ["script", "task", "variant", "seed"]
@@ -727,6 +753,8 @@ def draw(results, runs, curves, offline):
         draw_transfer(runs, results / "transfer.png")
     if alphas(runs):
         draw_alphas(runs, results / "alpha.png")
+    if found := long_alignments(results):
+        draw_long_alignments(found, results / "long_alignment.png")
     if curves:
         draw_critics(curves, offline, results / "critics.png")
 

@@ -291,7 +291,7 @@ class SquashedGaussianActor(nn.Module):
     def forward(self, obs):
         """(B, O) raw observations -> mean (B, A) and log_std (B, A) of u."""
         mean, log_std = mlp(self.net, (obs - self.obs_mean) / self.obs_std, self.bf16).chunk(2, dim=-1)
-        return mean, (log_std - 1).clamp(-20, 2)
+        return mean, (log_std - 1).clamp(-20, 2)  # a new network's std is 1 / e
 
     def sample(self, obs, noise):
         """-> action (B, A) in [-1, 1], its log_prob (B,) in nats, and u (B, A)."""
@@ -396,19 +396,23 @@ def numbers(**values):
 
 def compile_update(update, args):
     """The whole update as one graph (CUDA graphs on a GPU); with --no-compile, or no compiler that works, eagerly."""
+    if not args.compile:
+        return update
     torch._dynamo.config.trace_autograd_ops = True  # lets torch.autograd.grad stay inside the graph
     options = {"triton.cudagraphs": True} if args.cuda else {"cpp_wrapper": True}  # a Python wrapper costs a tenth
-    ways = [torch.compile(update, fullgraph=True, options=options)] * args.compile + [update]
+    chosen = torch.compile(update, fullgraph=True, options=options)
 
     def run(*inputs):
+        nonlocal chosen
         try:
-            return ways[0](*inputs)
+            return chosen(*inputs)
         except torch._dynamo.exc.BackendCompilerFailed as error:  # before anything was computed
             reason = f"{type(error.inner_exception).__name__}; the updates run uncompiled, about a third slower"
             print(f"no C++ compiler that works: {reason}", file=sys.stderr)
-            return ways.pop(0) and update(*inputs)
+            chosen = update
+            return update(*inputs)
 
-    return run if args.compile else update
+    return run
 
 
 class UserError(Exception):
@@ -468,8 +472,8 @@ def versions():
 
 class Run:
     """The run folder: args.json, metrics.jsonl and TensorBoard events, summary.json, and resume.pt, which holds
-    everything that the next update depends on. `progress` are plain numbers, strings and lists. Nothing is written
-    before `restore`, when all that can be refused has been."""
+    everything that the next update depends on. `progress` are plain numbers, strings and lists. Nothing but the copy of
+    a policy of another class is written before `restore`, when all that can be refused has been."""
 
     def __init__(self, args, progress):
         now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}"  # two runs may start in one second

@@ -344,7 +344,7 @@ class SquashedGaussianActor(nn.Module):
     def forward(self, obs):
         """(B, O) raw observations -> mean (B, A) and log_std (B, A) of u."""
         mean, log_std = mlp(self.net, (obs - self.obs_mean) / self.obs_std, self.bf16).chunk(2, dim=-1)
-        return mean, (log_std - 1).clamp(-20, 2)
+        return mean, (log_std - 1).clamp(-20, 2)  # a new network's std is 1 / e
 
     def sample(self, obs, noise):
         """-> action (B, A) in [-1, 1], its log_prob (B,) in nats, and u (B, A)."""

@@ -340,7 +340,8 @@ def check_spec(spec, name):
         good &= gym.registry[spec["id"]].entry_point == spec["entry_point"]
         good &= not any(isinstance(value, str) and "/" in value for value in spec["kwargs"].values())  # files
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        raise UserError(f"{name} names no environment that gymnasium knows ({error!r}); none was made") from error
+        hint = "none was made; import what registers your own at the top of this file"
+        raise UserError(f"{name} names no environment that gymnasium knows ({error!r}); {hint}") from error
     if not good:
         raise UserError(f"{name} names {spec['id']} with code or wrappers that are not gymnasium's; none was made")
 

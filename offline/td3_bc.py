@@ -280,19 +280,23 @@ def numbers(**values):
 
 def compile_update(update, args):
     """The whole update as one graph (CUDA graphs on a GPU); with --no-compile, or no compiler that works, eagerly."""
+    if not args.compile:
+        return update
     torch._dynamo.config.trace_autograd_ops = True  # lets torch.autograd.grad stay inside the graph
     options = {"triton.cudagraphs": True} if args.cuda else {"cpp_wrapper": True}  # a Python wrapper costs a tenth
-    ways = [torch.compile(update, fullgraph=True, options=options)] * args.compile + [update]
+    chosen = torch.compile(update, fullgraph=True, options=options)
 
     def run(*inputs):
+        nonlocal chosen
         try:
-            return ways[0](*inputs)
+            return chosen(*inputs)
         except torch._dynamo.exc.BackendCompilerFailed as error:  # before anything was computed
             reason = f"{type(error.inner_exception).__name__}; the updates run uncompiled, about a third slower"
             print(f"no C++ compiler that works: {reason}", file=sys.stderr)
-            return ways.pop(0) and update(*inputs)
+            chosen = update
+            return update(*inputs)
 
-    return run if args.compile else update
+    return run
 
 
 class UserError(Exception):
@@ -341,7 +345,8 @@ def check_spec(spec, name):
         good &= gym.registry[spec["id"]].entry_point == spec["entry_point"]
         good &= not any(isinstance(value, str) and "/" in value for value in spec["kwargs"].values())  # files
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        raise UserError(f"{name} names no environment that gymnasium knows ({error!r}); none was made") from error
+        hint = "none was made; import what registers your own at the top of this file"
+        raise UserError(f"{name} names no environment that gymnasium knows ({error!r}); {hint}") from error
     if not good:
         raise UserError(f"{name} names {spec['id']} with code or wrappers that are not gymnasium's; none was made")
 
@@ -351,7 +356,7 @@ def load_data(args, device):
     there is no such dataset, or if it is not flat, not finite, or of no environment here."""
     name, here = args.dataset or f"o2o/{args.env_id}", Path(__file__).resolve().parent
     scripts = [path / "collect.py" for path in (here / "offline", here, here.parent / "offline")]
-    scripts = [path for path in scripts if path.exists()]
+    scripts = [path for path in scripts if path.exists() and path.parent.name == "offline"]
     try:
         folder = Path(get_dataset_path(name))
         if not folder.exists() and args.dataset:
@@ -431,7 +436,8 @@ def score_policy(args, run, data, envs):
 def closing_score(args, policy, data, envs, episodes=50):
     """-> the score over `episodes` or a few more, from start states that no other evaluation sees, and the standard
     error of that mean."""
-    seeds = range(200_000_000 + 1_000_000 * args.seed, 10**12, len(envs))[: -(-episodes // len(envs))]
+    first = 200_000_000 + 1_000_000 * args.seed
+    seeds = range(first, first + episodes, len(envs))
     returns = np.concatenate([evaluate(mode_of(policy), envs, seed, data.rows.device)[0] for seed in seeds])
     scores = np.array([data.score(x) for x in returns])
     return float(scores.mean()), float(scores.std() / math.sqrt(len(scores)))
@@ -494,8 +500,8 @@ def versions():
 
 class Run:
     """The run folder: args.json, metrics.jsonl and TensorBoard events, summary.json, and resume.pt, which holds
-    everything that the next update depends on. `progress` are plain numbers, strings and lists. Nothing is written
-    before `restore`, when all that can be refused has been."""
+    everything that the next update depends on. `progress` are plain numbers, strings and lists. Nothing but the copy of
+    a policy of another class is written before `restore`, when all that can be refused has been."""
 
     def __init__(self, args, progress):
         now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}"  # two runs may start in one second

@@ -90,7 +90,10 @@ def test_evaluating_more_often_changes_no_training_number(script, tiny, tmp_path
     stages = 2 if script is o2o_ppo else 3
     assert len(metrics(tmp_path / "often")) == 3 * stages and len(metrics(tmp_path / "once")) == stages
     assert_same(weights(tmp_path / "often"), weights(tmp_path / "once"))
-    assert json.loads((tmp_path / "once/summary.json").read_text())["selection_steps"] == 0
+    chosen = [
+        json.loads((tmp_path / f"{name}/summary.json").read_text())["selection_steps"] for name in ("once", "often")
+    ]
+    assert chosen[0] == chosen[1] > 0  # the offline and the aligned policy were compared, no other
 
 
 def test_a_dataset_brings_its_environment(script, pendulum, tmp_path):
@@ -197,16 +200,17 @@ def test_the_reference_is_renewed_only_by_a_better_policy_or_at_intervals(script
     assert reference_equals_actor([0.5, 0.1, 0.1, 0.1, 0.9]) == (True, 3)  # offline, aligned, one online
     assert reference_equals_actor([0.5, 0.1, 0.1, 0.1, 0.4]) == (False, 3)
     assert reference_equals_actor([0.5, 0.1, 0.1, 0.9, 0.8]) == (False, 3)
-    assert reference_equals_actor([0.5, 0.1, 0.1, 0.1, 0.4], reference="interval", reference_every=2) == (True, 0)
-    assert reference_equals_actor([0.5, 0.1, 0.1, 0.1, 0.9], reference="interval", reference_every=3) == (False, 0)
+    assert reference_equals_actor([0.5, 0.1, 0.1, 0.1, 0.4], reference="interval", reference_every=2) == (True, 2)
+    assert reference_equals_actor([0.5, 0.1, 0.1, 0.1, 0.9], reference="interval", reference_every=3) == (False, 2)
 
 
 @OFF_POLICY
 def test_an_aligned_policy_that_scores_higher_becomes_the_reference(script, tiny, tmp_path, monkeypatch):
-    for aligned, expected in ((0.9, True), (0.1, False)):
+    for aligned, reference, expected in ((0.9, "best", True), (0.1, "best", False), (0.9, "interval", True)):
         monkeypatch.setattr(script, "evaluate", scripted([0.5, aligned, aligned, aligned, 0.0]))
-        run_dir = tmp_path / str(aligned)
-        script.main(tiny(run_dir=str(run_dir), online_steps=4, warm_up=4))  # no updates: the actor stays the aligned
+        run_dir = tmp_path / f"{aligned} {reference}"
+        args = tiny(run_dir=str(run_dir), online_steps=4, warm_up=4, reference=reference, reference_every=5)
+        script.main(args)  # no updates: the actor stays the aligned
         nets = torch.load(run_dir / "resume.pt", weights_only=True)["nets"]
         assert all(torch.equal(nets["reference"][k], v) for k, v in nets["actor"].items()) == expected
         assert all(torch.equal(nets["targets"][k], v) for k, v in nets["critics"].items())
@@ -293,6 +297,54 @@ def test_a_policy_of_another_class_is_imitated(script, tiny, tmp_path, checkpoin
     assert copy["policy"]["kind"] == script.KIND and copy["algorithm"] == "bc" and "teacher_score" in copy
     script.main(replace(args, resume=str(tmp_path / "run"), online_steps=8))
     assert len(calls) == 1
+
+
+def test_an_imitation_that_was_cut_off_goes_on_and_that_of_another_teacher_is_refused(
+    script, tiny, tmp_path, checkpoints, monkeypatch
+):
+    others, calls = [checkpoints[module] for module in (o2o_sac, o2o_td3, o2o_ppo) if module is not script], []
+
+    def in_process(command):
+        """Cut off in the first call, after 10 of 20 updates; a resumed bc.py has its flags from its folder."""
+        calls.append(list(map(str, command[2:])))
+        flags = ["--updates", "20", "--eval-every-updates", "10", "--eval-episodes", "1", "--no-compile"]
+        args = bc.parse_args(calls[-1] + flags * (len(calls) == 1))
+        with monkeypatch.context() as patch:
+            if len(calls) == 1:
+                patch.setattr(bc, "finish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+            bc.main(args)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(script.subprocess, "run", in_process)
+    args = tiny(checkpoint=str(others[0]), online_steps=4)
+    with pytest.raises(KeyboardInterrupt):
+        script.main(args)
+    assert not (tmp_path / "run/args.json").exists()
+    monkeypatch.setattr(script, "train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):  # before `restore`: the copy is there, the run is not
+        script.main(args)
+    assert [call[0] for call in calls] == ["--env-id=hopper-medium-v2", f"--resume={tmp_path / 'run/imitation'}"]
+    assert (tmp_path / "run/imitated.pt").exists()
+    with pytest.raises(script.UserError, match="imitates another policy"):
+        script.main(replace(args, checkpoint=str(others[1])))
+    copy = torch.load(tmp_path / "run/imitated.pt", weights_only=True)
+    copy["policy"]["kind"] = "latent"
+    torch.save(copy, tmp_path / "run/imitated.pt")
+    with pytest.raises(script.UserError, match="not a"):
+        script.main(args)
+
+
+@pytest.mark.parametrize("seed", [1, 20_260_101])
+def test_a_closing_score_is_of_as_many_episodes_as_it_says_with_any_seed(monkeypatch, seed):
+    seen, data = [], type("Data", (), {"rows": torch.zeros(1), "score": staticmethod(float)})
+
+    def evaluate(policy, envs, first, device):
+        seen.extend(range(first, first + len(envs)))
+        return [np.arange(len(envs))]
+
+    monkeypatch.setattr(o2o_sac, "evaluate", evaluate)
+    score, _ = o2o_sac.closing_score.func(o2o_sac.Args(seed=seed), None, data, [None] * 20)  # tests have 1 episode
+    assert len(set(seen)) == 60 and seen[0] == 200_000_000 + 1_000_000 * seed and score == 9.5
 
 
 def command_line(module, args):
@@ -458,9 +510,23 @@ def test_the_reference_of_ppo_is_renewed_only_by_a_better_policy_or_at_intervals
 
     assert reference_equals_actor([0.5, 0.1, 0.9]) == (True, 3)
     assert reference_equals_actor([0.5, 0.9, 0.8]) == (False, 3)
-    assert reference_equals_actor([0.5, 0.1, 0.1], reference="interval", reference_every=8) == (True, 0)
-    assert reference_equals_actor([0.5, 0.1, 0.9], reference="interval", reference_every=5) == (True, 0)
-    assert reference_equals_actor([0.5, 0.1, 0.9], reference="interval", reference_every=9) == (False, 0)
+    assert reference_equals_actor([0.5, 0.1, 0.1], reference="interval", reference_every=8) == (True, 1)
+    assert reference_equals_actor([0.5, 0.1, 0.9], reference="interval", reference_every=5) == (True, 1)
+    assert reference_equals_actor([0.5, 0.1, 0.9], reference="interval", reference_every=9) == (False, 1)
+
+
+@ON_POLICY
+def test_a_run_of_ppo_whose_steps_were_rounded_up_can_be_resumed(script, tiny, tmp_path):
+    """It did 16 steps of 13, in iterations of 8; then it was killed before its last evaluation."""
+    args = tiny(online_steps=13, rollout=8, minibatch_size=4)
+    script.main(args)
+    whole = weights(tmp_path / "run")
+    (tmp_path / "run/model.pt").unlink()
+    resumed = replace(args, resume=str(tmp_path / "run"))
+    assert script.main(resumed)["online_steps"] == 16 and (tmp_path / "run/model.pt").exists()
+    assert_same(whole, weights(tmp_path / "run"))
+    with pytest.raises(script.UserError, match="did 16"):
+        script.main(replace(resumed, online_steps=8))
 
 
 @ON_POLICY

@@ -261,7 +261,8 @@ def check_spec(spec, name):
         good &= gym.registry[spec["id"]].entry_point == spec["entry_point"]
         good &= not any(isinstance(value, str) and "/" in value for value in spec["kwargs"].values())  # files
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        raise UserError(f"{name} names no environment that gymnasium knows ({error!r}); none was made") from error
+        hint = "none was made; import what registers your own at the top of this file"
+        raise UserError(f"{name} names no environment that gymnasium knows ({error!r}); {hint}") from error
     if not good:
         raise UserError(f"{name} names {spec['id']} with code or wrappers that are not gymnasium's; none was made")
 
@@ -271,7 +272,7 @@ def load_data(args, device):
     there is no such dataset, or if it is not flat, not finite, or of no environment here."""
     name, here = args.dataset or f"o2o/{args.env_id}", Path(__file__).resolve().parent
     scripts = [path / "collect.py" for path in (here / "offline", here, here.parent / "offline")]
-    scripts = [path for path in scripts if path.exists()]
+    scripts = [path for path in scripts if path.exists() and path.parent.name == "offline"]
     try:
         folder = Path(get_dataset_path(name))
         if not folder.exists() and args.dataset:
