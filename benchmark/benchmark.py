@@ -88,8 +88,8 @@ EXPERIMENTS |= {
     "rlpd": {"full": f"--online-steps 50000 --eval-every 1000 {FAST}"},
     "wsrl": {"full": f"--offline-steps 10000 --online-steps 20000 --eval-every 1000 {FAST}"},
     "cal_ql": {
-        "full": f"--offline-steps 10000 --online-steps 20000 --cql-actions 4 {FAST}",
-        "no-calibrate": f"--offline-steps 10000 --online-steps 20000 --cql-actions 4 {FAST} --no-calibrate",
+        "full": f"--offline-steps 50000 --online-steps 50000 --eval-every 1000 --cql-actions 4 {FAST}",
+        "no-calibrate": f"--offline-steps 50000 --online-steps 50000 --eval-every 1000 --cql-actions 4 {FAST} --no-calibrate",
     },
     "iql": {"full": f"--online-steps 50000 --eval-every 1000 {FAST}"},
     "pex": {"full": f"--online-steps 50000 --eval-every 1000 {FAST}"},
