@@ -725,7 +725,8 @@ def load_actor(args, path, run, data):
     command = [sys.executable, bc, *(f"--{key}={value}" for key, value in flags.items())]
     if not copy.exists() and subprocess.run(command).returncode:
         raise UserError(f"{path} holds a {kind} policy, not a {KIND} one, and offline/bc.py could not imitate it")
-    if not args.resume and load_file(copy).get("args", {}).get("teacher") != str(Path(path).resolve()):
+    taught = load_file(copy).get("args")
+    if not args.resume and (not isinstance(taught, dict) or taught.get("teacher") != str(Path(path).resolve())):
         raise UserError(f"{copy} imitates another policy than {path}; name another --run-dir")
     return load_actor(args, copy, run, data)
 
