@@ -40,6 +40,7 @@ TD3 = "--reevaluation-steps 100000 --alignment-steps 50000 --eval-every 1000 --e
 PPO = "--reevaluation-steps 50000 --online-steps 250000 --eval-every 2500 --eval-every-updates 5000"
 LAPO = "--online-steps 20000 --eval-every 1000 --updates-per-step 1"  # the paper: 20 updates a step
 IQL = "--online-steps 50000 --eval-every 1000"
+CAL_QL = "--offline-steps 50000 --online-steps 50000 --eval-every 1000 --cql-actions 4 --bf16"  # the paper: 10 actions
 PAPER = {  # by script, by the offline algorithm
     "o2o_sac": "--reevaluation-steps 500000 --alignment-steps 500000 --online-steps 100000",
     "o2o_td3": "--reevaluation-steps 500000 --alignment-steps 500000 --online-steps 100000",
@@ -87,10 +88,7 @@ BASELINES = ("rlpd", "wsrl", "cal_ql", "iql", "pex", "awac", "proto", "aca", "of
 EXPERIMENTS |= {
     "rlpd": {"full": f"--online-steps 50000 --eval-every 1000 {FAST}"},
     "wsrl": {"full": f"--offline-steps 10000 --online-steps 20000 --eval-every 1000 {FAST}"},
-    "cal_ql": {
-        "full": f"--offline-steps 50000 --online-steps 50000 --eval-every 1000 --cql-actions 4 {FAST}",
-        "no-calibrate": f"--offline-steps 50000 --online-steps 50000 --eval-every 1000 --cql-actions 4 {FAST} --no-calibrate",
-    },
+    "cal_ql": {"full": CAL_QL, "no-calibrate": f"{CAL_QL} --no-calibrate"},
     "iql": {"full": f"--online-steps 50000 --eval-every 1000 {FAST}"},
     "pex": {"full": f"--online-steps 50000 --eval-every 1000 {FAST}"},
     "awac": {"full": f"--offline-steps 100000 --online-steps 50000 --eval-every 1000 {FAST}"},
