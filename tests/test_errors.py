@@ -1,5 +1,6 @@
 """What the user can put right: one sentence on stderr, exit code 2, nothing written or overwritten."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -339,3 +340,18 @@ def test_without_dataset_the_network_is_never_touched(monkeypatch, tmp_path):
     for script in (o2o_sac, o2o_td3, o2o_ppo):
         with pytest.raises(script.UserError, match="no dataset"):
             script.load_data(script.Args(), torch.device("cpu"))
+
+
+def test_a_copied_script_makes_its_data_with_offline_collect_and_runs_no_other_file_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
+    script, marker = tmp_path / "o2o_sac.py", tmp_path / "was-run"
+    script.write_text((ROOT / "o2o_sac.py").read_text())
+    spec = importlib.util.spec_from_file_location("copied", script)
+    copied = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copied)
+    for folder, runs in ((tmp_path, False), (tmp_path / "offline", True)):
+        folder.mkdir(exist_ok=True)
+        (folder / "collect.py").write_text(f"open({str(marker)!r}, 'w'); raise SystemExit(1)")
+        with pytest.raises(copied.UserError, match="make it with offline/collect.py"):
+            copied.load_data(copied.Args(env_id="nothing-v0"), torch.device("cpu"))
+        assert marker.exists() == runs

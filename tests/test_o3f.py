@@ -421,3 +421,9 @@ def test_without_a_discount_lapos_values_have_no_bound(capsys, monkeypatch, tmp_
     for module in (lapo, o3f):
         error = refused(capsys, monkeypatch, module, "--gamma", 1, "--run-dir", tmp_path / "run")
         assert "--gamma is 1.0" in error
+
+
+def test_the_noise_of_an_update_has_the_size_of_the_checkpoints_latent_code():
+    stats, act_stats = (torch.zeros(4), torch.ones(4)), (torch.zeros(3), torch.ones(3))
+    nets = {"actor": o3f.LatentPolicy(stats, act_stats, 5, [8], 2.0)}  # offline/lapo.py makes codes of 2 A numbers
+    assert o3f.noise_shape(o3f.Args(base="lapo", batch_size=7), nets) == (2, 7, 5)
