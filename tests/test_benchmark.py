@@ -25,6 +25,7 @@ from conftest import ROOT, TASK
 
 import benchmark
 import o2o_sac
+import o2o_td3
 
 TINY = "--reevaluation-steps 4 --alignment-steps 4 --online-steps 8 --warm-up 4 --eval-every 4 --eval-every-updates 2"
 TINY += " --eval-episodes 1 --batch-size 16 --no-compile"
@@ -366,11 +367,12 @@ def test_the_list_works_whatever_lies_in_the_folders(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_ends_the_workers_at_once(tmp_path, number):
+def test_ctrl_c_ends_the_workers_at_once(checkpoints, tmp_path, number):
     """Sent to the benchmark alone, as a scheduler does, and to one that a shell started in the background: the runs end
     with it, with summaries; nothing new starts."""
     words = ("--script", "o2o_td3", "--task", TASK, "--variant", "full", "--seed", "1", "2", "--results", str(tmp_path))
-    words += (f"--flags={TINY.replace('--online-steps 8', '--online-steps 100000')}",)
+    flags = TINY.replace("--online-steps 8", "--online-steps 100000")
+    words += (f"--flags={flags} --checkpoint {checkpoints[o2o_td3]}",)  # the shipped policy hops for long
     command = [sys.executable, str(ROOT / "benchmark/benchmark.py"), *words]
     background = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **background)
