@@ -3,6 +3,7 @@ the least time that they could take: that of their matrix products alone.
 
     python benchmark/speed.py  # prints a table and writes results/speed.md, in about ten minutes
     python benchmark/speed.py --updates o2o_sac cql --output mine.md
+    git worktree add ../before 2159bf3 && python benchmark/speed.py --before ../before  # measures that checkout too
 
 Random data of Hopper's sizes (11 observations, 3 actions) and the batch of each script's defaults. Modes take turns and
 the median counts, on one thread and by the CPU time of this process, so that other work on the machine disturbs little.
@@ -10,9 +11,10 @@ Only ratios say something about another machine. The products are those that the
 backward, in its shapes, strides and precision, one after the other.
 """
 
-import importlib
+import importlib.util
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from copy import deepcopy
@@ -36,6 +38,7 @@ class Args:
     updates: tuple[str, ...] = ("o2o_sac", "o2o_td3", "o2o_ppo", "o3f", "cql", "td3_bc", "iql", "lapo")  # scripts
     seconds: float = 0.6  # of each measurement
     rounds: int = 5  # measurements of each update, of which the median counts
+    before: Path | None = None  # another checkout, whose compiled updates take turns with these
     output: Path = ROOT / "results/speed.md"  # file of the table
 
 
@@ -43,9 +46,19 @@ def scalar(value):
     return nn.ParameterList([torch.tensor(float(value))])
 
 
-def updates_of(name, compiled, bf16):
+def load(name, root):
+    """-> the script of this name in that checkout, as a module of its own."""
+    path = root / f"{name}.py" if (root / f"{name}.py").exists() else root / f"offline/{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{name} in {root}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def updates_of(name, compiled, bf16, root=ROOT):
     """-> {stage: function without arguments that does one update} of a script, on networks and data made here."""
-    script = importlib.import_module(name)
+    script = load(name, root)
     args, split = script.Args(compile=compiled, bf16=bf16), script.Data("", None, None, OBS, ACT, (0, 1), None).split
     batch, one = args.batch_size or 256, torch.tensor(1.0)  # o3f.py takes over the batch of the offline training
     rows, noise = torch.randn(batch, 2 * OBS + ACT + 2), torch.randn(2, batch, ACT)
@@ -158,8 +171,10 @@ def main(args: Args):
     if unknown := [name for name in args.updates if name not in Args.updates]:
         sys.exit(f"error: no updates of {', '.join(unknown)} are known here; there are {', '.join(Args.updates)}")
     torch.set_num_threads(1)
-    modes = {f"{c}, {p}": (c == "compiled", p == "bf16") for p in ("fp32", "bf16") for c in ("eager", "compiled")}
-    heads = ["eager, fp32", "compiled, fp32", "of its products", "eager, bf16", "compiled, bf16", "of its products"]
+    kinds = {"eager": (False, ROOT), "compiled": (True, ROOT)}
+    kinds |= {"before": (True, args.before)} if args.before else {}
+    modes = {f"{kind}, {p}": (c, p == "bf16", root) for p in ("fp32", "bf16") for kind, (c, root) in kinds.items()}
+    heads = [head for p in ("fp32", "bf16") for head in (*(f"{kind}, {p}" for kind in kinds), "of its products")]
     lines = ["| update | " + " | ".join(heads) + " | factor |", "| --- |" + " --- |" * (len(heads) + 1)]
     for name in args.updates:
         made = {mode: updates_of(name, *flags) for mode, flags in modes.items()}
@@ -175,7 +190,7 @@ def main(args: Args):
             row = [name + " " + stage]
             for p in ("fp32", "bf16"):
                 ratio = rates[f"products, {p}"] / rates[f"compiled, {p}"]
-                row += [cells[f"eager, {p}"], cells[f"compiled, {p}"], f"{ratio:.2f}"]
+                row += [*(cells[f"{kind}, {p}"] for kind in kinds), f"{ratio:.2f}"]
             factor = rates["compiled, bf16"] / rates["eager, fp32"]
             lines.append("| " + " | ".join([*row, f"{factor:.1f}"]) + " |")
             print(lines[-1], flush=True)
@@ -184,6 +199,10 @@ def main(args: Args):
         "Updates per second of CPU time. Of its products: the compiled update's time in units of that of its matrix"
         "\nproducts alone, in the same precision. Factor: compiled in bf16 against eager in fp32."
     )
+    if args.before:
+        words = ["git", "-C", str(args.before), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+        text += f" Before: compiled as well, by the scripts of\ncommit {commit}, in the same rounds."
     args.output.write_text("\n".join(["# Speed", "", doc, text, "", *lines]) + "\n")
 
 

@@ -82,7 +82,7 @@ def ready(kind, args):
     ],
 )
 def test_what_an_update_moves(kind, moved):
-    nets, update = ready(kind, proto.Args())
+    nets, update = ready(kind, proto.Args(compile=False))
     before = {key: deepcopy(net.state_dict()) for key, net in nets.items()}
     changed = lambda: {  # noqa: E731
         key for key, net in nets.items() if any(not torch.equal(x, before[key][k]) for k, x in net.state_dict().items())
