@@ -77,7 +77,12 @@ METHODS = {  # title -> its table, its variant there
     "ACA": ("aca", "full"),
     "Off2On": ("off2on", "full"),
 }
-COMPARED = METHODS | {"CQL": ("cal_ql", "no-calibrate"), "PROTO+TD3": ("proto", "td3")}  # on one task
+COMPARED = METHODS | {  # on one task
+    "O2SAC, interval": ("o2o_sac", "interval"),
+    "O2TD3, interval": ("o2o_td3", "interval"),
+    "CQL": ("cal_ql", "no-calibrate"),
+    "PROTO+TD3": ("proto", "td3"),
+}
 NAIVE = {  # the same online algorithms without the method, for the table in README.md
     "O2SAC": ("SAC, started naively", "o2o_sac", "naive"),
     "O2TD3": ("TD3, started naively", "o2o_td3", "naive"),
