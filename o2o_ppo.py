@@ -65,7 +65,7 @@ class Args:
     resume: str | None = None  # folder of a run that was cut off, to be continued
 
     reevaluation_steps: int = 50_000  # updates of stage 1 (paper: 1,000,000)
-    online_steps: int = 250_000  # environment steps of stage 2, rounded up to whole iterations (paper: 250,000);
+    online_steps: int = 250_000  # environment steps of stage 2, rounded up to whole iterations (paper: 250,000),
     # the learning rates fall over them, so a run that is resumed for longer is not the longer run
     reevaluate: bool = True  # stage 1; off: ablation, V starts untrained
     align: bool = True  # the reference policy's advantage; off: plain PPO
@@ -416,6 +416,7 @@ def train(args, run, data, actor):
 
 
 ALGORITHM, KIND, SOURCE = "o2o_ppo", "tanh_gaussian", "iql"  # this script, its policy class, where that comes from
+KINDS = "squashed_gaussian deterministic tanh_gaussian latent decision_transformer"  # what bc.py imitates
 RESUMABLE = "reevaluation_steps online_steps compile num_threads track wandb_project_name wandb_entity"
 PRIVATE = "stage step episode_start reference_score discounted_return"  # of a run's progress, not in summary.json
 RANGES = {
@@ -580,6 +581,8 @@ def check_spec(spec, name):
     """Making an environment runs code, and a dataset says which: nothing is made but what gymnasium's registry holds,
     under wrappers of gymnasium that touch no file. `spec`: the dataset's own JSON. Raises UserError."""
     harmless = "FilterObservation FlattenObservation RescaleAction RescaleObservation ClipAction TimeLimit".split()
+    if not spec:
+        raise UserError(f"{name} names no environment; offline/convert.py --env adds one")
     try:
         spec, places = json.loads(spec), {f"{getattr(gym.wrappers, w).__module__}:{w}" for w in harmless}
         if spec["entry_point"].startswith("gymnasium_robotics."):  # AntMaze, Kitchen, Adroit
@@ -590,10 +593,11 @@ def check_spec(spec, name):
         good &= gym.registry[spec["id"]].entry_point == spec["entry_point"]
         good &= not any(isinstance(value, str) and "/" in value for value in spec["kwargs"].values())  # files
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        hint = "none was made; import what registers your own at the top of this file"
+        hint = f"none was made; import what registers your own at the top of {Path(__file__).name}"
         raise UserError(f"{name} names no environment that gymnasium knows ({error!r}); {hint}") from error
     if not good:
-        raise UserError(f"{name} names {spec['id']} with code or wrappers that are not gymnasium's; none was made")
+        hint = f"with code that is not gymnasium's, or wrappers other than {', '.join(harmless)}"
+        raise UserError(f"{name} names {spec['id']} {hint}; none was made")
 
 
 def load_data(args, device):
@@ -716,15 +720,21 @@ def load_actor(args, path, run, data):
             return actor
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, IndexError) as error:
         sizes = f"{data.obs_dim} observations and {data.act_dim} actions"
-        raise UserError(f"{path} holds no policy for {sizes} in format 1 ({type(error).__name__})") from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()):.150}"
+        raise UserError(f"{path} holds no policy for {sizes} in format 1 ({reason})") from error
+    if kind not in KINDS.split():
+        raise UserError(f"{path} holds a policy of kind {kind!r:.40}; those that can be imitated are {KINDS}")
     if path == copy or not bc.exists():
         raise UserError(f"{path} holds a {kind} policy, not a {KIND} one; imitating it takes offline/bc.py beside this")
     flags, folder = {"env-id": args.env_id, "dataset": data.name, "seed": args.seed}, run.dir / "imitation"
     flags |= {"teacher": Path(path).resolve(), "policy": KIND, "output": copy, "run-dir": folder}
     flags = {"resume": folder} if (folder / "args.json").exists() else flags  # this run was cut off while it imitated
     command = [sys.executable, bc, *(f"--{key}={value}" for key, value in flags.items())]
-    if not copy.exists() and subprocess.run(command).returncode:
-        raise UserError(f"{path} holds a {kind} policy, not a {KIND} one, and offline/bc.py could not imitate it")
+    if not copy.exists():
+        save_file(json.dumps({"algorithm": ALGORITHM, **asdict(args)}, indent=1), run.dir / "args.json")  # for --resume
+        if subprocess.run(command).returncode:
+            (run.dir / "args.json").unlink()
+            raise UserError(f"{path} holds a {kind} policy, not a {KIND} one, and offline/bc.py could not imitate it")
     taught = load_file(copy).get("args")
     if not args.resume and (not isinstance(taught, dict) or taught.get("teacher") != str(Path(path).resolve())):
         raise UserError(f"{copy} imitates another policy than {path}; name another --run-dir")
@@ -782,6 +792,9 @@ class Run:
         self.args, self.dir, self.writing = args, Path(args.resume or args.run_dir or default), False
         if not args.resume and (self.dir / "args.json").exists():
             raise UserError(f"{self.dir} holds a run already; continue it with --resume or name another --run-dir")
+        nearest = next(path for path in (self.dir, *self.dir.absolute().parents) if path.exists())
+        if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+            raise UserError(f"{self.dir} cannot be written to; name another --run-dir")
         self.begun = args.resume and (self.dir / "resume.pt").exists()
         self.saved = {"progress": progress, "metrics": [], "seconds": 0.0}
         self.saved |= load_file(self.dir / "resume.pt") if self.begun else {}
@@ -921,8 +934,8 @@ def parse_args(argv=None):
     check_ranges(default)
     args = tyro.cli(Args, args=argv, default=default)
     changed = {flag for flag, value in asdict(args).items() if value != getattr(default, flag)}
-    if not changed <= set(RESUMABLE.split()):
-        raise UserError(f"when {args.resume} is resumed, only these may change: {RESUMABLE}")
+    if refused := ", ".join(sorted(changed - set(RESUMABLE.split()))):
+        raise UserError(f"when {args.resume} is resumed, only these may change: {RESUMABLE}; not {refused}")
     return args
 
 
@@ -948,11 +961,13 @@ def main(args: Args):
     if args.cuda and not torch.cuda.is_available():
         raise UserError("--cuda was asked for but torch sees no CUDA device; leave it out to run on the CPU")
     path = Path(__file__).resolve().parent / "offline/checkpoints" / args.env_id / f"{SOURCE}.pt"
+    shipped = sorted(file.parent.name for file in path.parents[1].glob(f"*/{path.name}"))
     if args.checkpoint is not None:
         path = args.checkpoint = str(Path(args.checkpoint).resolve())  # so that a resumed run finds it from anywhere
     if not Path(path).exists():
-        command = f"python offline/{SOURCE}.py --env-id {args.env_id}"
-        raise UserError(f"no offline policy at {path}; train one with {command}, or name a --checkpoint")
+        flags = f"--env-id {args.env_id}" + f" --dataset {args.dataset}" * bool(args.dataset)
+        hint = f"or name a --checkpoint; {', '.join(shipped)} have one"
+        raise UserError(f"no offline policy at {path}; train one with python offline/{SOURCE}.py {flags}, {hint}")
     progress = {"stage": "start", "step": 0, "episode_start": 0, "online_steps": 0, "selection_steps": 0, "scores": []}
     scores = "offline_score offline_error start_score aligned_score closing_score closing_error"
     progress |= dict.fromkeys(scores.split())
@@ -970,8 +985,9 @@ def main(args: Args):
         raise
     finally:
         summary = run.summarize(status)
-        print("\n".join(f"{key:15} {value:7.1f}" for key, value in summary.items() if isinstance(value, float)))
-        print(f"{status} after {summary['wall_seconds']:.0f} s; everything is in {run.dir}")
+        if run.writing:
+            print("\n".join(f"{key:15} {value:7.1f}" for key, value in summary.items() if isinstance(value, float)))
+            print(f"{status} after {summary['wall_seconds']:.0f} s; everything is in {run.dir}")
     return summary
 
 

@@ -424,6 +424,8 @@ def check_spec(spec, name):
     """Making an environment runs code, and a dataset says which: nothing is made but what gymnasium's registry holds,
     under wrappers of gymnasium that touch no file. `spec`: the dataset's own JSON. Raises UserError."""
     harmless = "FilterObservation FlattenObservation RescaleAction RescaleObservation ClipAction TimeLimit".split()
+    if not spec:
+        raise UserError(f"{name} names no environment; offline/convert.py --env adds one")
     try:
         spec, places = json.loads(spec), {f"{getattr(gym.wrappers, w).__module__}:{w}" for w in harmless}
         if spec["entry_point"].startswith("gymnasium_robotics."):  # AntMaze, Kitchen, Adroit
@@ -434,10 +436,11 @@ def check_spec(spec, name):
         good &= gym.registry[spec["id"]].entry_point == spec["entry_point"]
         good &= not any(isinstance(value, str) and "/" in value for value in spec["kwargs"].values())  # files
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        hint = "none was made; import what registers your own at the top of this file"
+        hint = f"none was made; import what registers your own at the top of {Path(__file__).name}"
         raise UserError(f"{name} names no environment that gymnasium knows ({error!r}); {hint}") from error
     if not good:
-        raise UserError(f"{name} names {spec['id']} with code or wrappers that are not gymnasium's; none was made")
+        hint = f"with code that is not gymnasium's, or wrappers other than {', '.join(harmless)}"
+        raise UserError(f"{name} names {spec['id']} {hint}; none was made")
 
 
 def load_data(args, device):
@@ -616,6 +619,9 @@ class Run:
         self.args, self.dir, self.writing = args, Path(args.resume or args.run_dir or default), False
         if not args.resume and (self.dir / "args.json").exists():
             raise UserError(f"{self.dir} holds a run already; continue it with --resume or name another --run-dir")
+        nearest = next(path for path in (self.dir, *self.dir.absolute().parents) if path.exists())
+        if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+            raise UserError(f"{self.dir} cannot be written to; name another --run-dir")
         self.begun = args.resume and (self.dir / "resume.pt").exists()
         self.saved = {"progress": progress, "metrics": [], "seconds": 0.0}
         self.saved |= load_file(self.dir / "resume.pt") if self.begun else {}
@@ -755,8 +761,8 @@ def parse_args(argv=None):
     check_ranges(default)
     args = tyro.cli(Args, args=argv, default=default)
     changed = {flag for flag, value in asdict(args).items() if value != getattr(default, flag)}
-    if not changed <= set(RESUMABLE.split()):
-        raise UserError(f"when {args.resume} is resumed, only these may change: {RESUMABLE}")
+    if refused := ", ".join(sorted(changed - set(RESUMABLE.split()))):
+        raise UserError(f"when {args.resume} is resumed, only these may change: {RESUMABLE}; not {refused}")
     return args
 
 
@@ -800,8 +806,9 @@ def main(args: Args):
         raise
     finally:
         summary = run.summarize(status)
-        print("\n".join(f"{key:15} {value:7.1f}" for key, value in summary.items() if isinstance(value, float)))
-        print(f"{status} after {summary['wall_seconds']:.0f} s; everything is in {run.dir}")
+        if run.writing:
+            print("\n".join(f"{key:15} {value:7.1f}" for key, value in summary.items() if isinstance(value, float)))
+            print(f"{status} after {summary['wall_seconds']:.0f} s; everything is in {run.dir}")
     return summary
 
 

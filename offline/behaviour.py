@@ -481,6 +481,9 @@ class Run:
         self.args, self.dir, self.writing = args, Path(args.resume or args.run_dir or default), False
         if not args.resume and (self.dir / "args.json").exists():
             raise UserError(f"{self.dir} holds a run already; continue it with --resume or name another --run-dir")
+        nearest = next(path for path in (self.dir, *self.dir.absolute().parents) if path.exists())
+        if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+            raise UserError(f"{self.dir} cannot be written to; name another --run-dir")
         self.begun = args.resume and (self.dir / "resume.pt").exists()
         self.saved = {"progress": progress, "metrics": [], "seconds": 0.0}
         self.saved |= load_file(self.dir / "resume.pt") if self.begun else {}
@@ -620,8 +623,8 @@ def parse_args(argv=None):
     check_ranges(default)
     args = tyro.cli(Args, args=argv, default=default)
     changed = {flag for flag, value in asdict(args).items() if value != getattr(default, flag)}
-    if not changed <= set(RESUMABLE.split()):
-        raise UserError(f"when {args.resume} is resumed, only these may change: {RESUMABLE}")
+    if refused := ", ".join(sorted(changed - set(RESUMABLE.split()))):
+        raise UserError(f"when {args.resume} is resumed, only these may change: {RESUMABLE}; not {refused}")
     return args
 
 
@@ -658,7 +661,8 @@ def main(args: Args):
         raise
     finally:
         summary = run.summarize(status)
-        print(f"{status} after {summary['wall_seconds']:.0f} s; everything is in {run.dir}")
+        if run.writing:
+            print(f"{status} after {summary['wall_seconds']:.0f} s; everything is in {run.dir}")
     return summary
 
 

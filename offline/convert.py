@@ -80,6 +80,7 @@ def read_d4rl(path, max_steps):
             obs, actions, rewards, ends = (file[key][()] for key in ("observations", "actions", "rewards", "terminals"))
             limits = file["timeouts"][()] if "timeouts" in file else None
         if limits is None:
+            print(f"{path} has no timeouts: an episode ends at a terminal, or after {max_steps} steps", flush=True)
             steps, limits = 0, np.zeros(len(ends))
             for i in range(len(ends)):
                 steps = 0 if ends[i] else steps + 1
@@ -107,9 +108,9 @@ def read_d4rl(path, max_steps):
     return episodes
 
 
-def read_minari(name):
+def read_minari(name, own_env):
     """-> the episodes of a Minari dataset, observations as they are, and the dataset. Its environment has been checked
-    before anything made it. Raises UserError."""
+    before anything made it; with `own_env` it need not have one. Raises UserError."""
     try:
         folder = Path(get_dataset_path(name))
         if not folder.exists():
@@ -120,7 +121,8 @@ def read_minari(name):
         raise UserError(
             f"cannot read the dataset {name} ({reason}); `minari list local` shows what there is"
         ) from error
-    check_spec(spec, name)
+    if spec or not own_env:
+        check_spec(spec, name)
     try:
         source = minari.load_dataset(name)
         episodes = [(e.observations, e.actions, e.rewards, e.terminations) for e in source.iterate_episodes()]
@@ -133,9 +135,10 @@ def read_minari(name):
 
 
 def flat_environment(env, keys):
-    """-> the environment with flat observations and actions in [-1, 1], and the functions that do the same to arrays of
-    its observations and actions. Raises UserError if it cannot be flattened."""
-    space = env.observation_space
+    """-> the environment with flat observations and actions in [-1, 1], the functions that do the same to arrays of its
+    observations and actions, and a list that the latter extends by how many numbers it clipped, and of how many. Raises
+    UserError if it cannot be flattened."""
+    space, outside = env.observation_space, []
     if keys and not (isinstance(space, gym.spaces.Dict) and set(keys) <= set(space.spaces)):
         known = list(getattr(space, "spaces", {}))
         raise UserError(f"--keys {' '.join(keys)} are not among the observations {known} of {env.spec.id}")
@@ -159,9 +162,10 @@ def flat_environment(env, keys):
         scaled = action if same else 2 * (action - low) / (high - low) - 1
         if abs(scaled).max(initial=0) > 2:
             raise ValueError(f"actions reach {abs(scaled).max():.3g} times the border of the environment's box")
+        outside.extend([(abs(scaled) > 1.001).sum(), scaled.size])
         return scaled.clip(-1, 1).astype(np.float32)  # a policy's sample may lie outside; what was executed does not
 
-    return env, observations, actions
+    return env, observations, actions, outside
 
 
 def done(observations, subtasks):
@@ -219,7 +223,7 @@ def convert(args):
                 f"{name} does not say where it was collected; name the environment, such as --env Hopper-v4"
             )
     else:
-        raw, source = read_minari(name)
+        raw, source = read_minari(name, args.env is not None)
         references = tuple(source.storage.metadata.get(key) for key in ("ref_min_score", "ref_max_score"))
     try:
         env = make(args.env) if args.env else source.recover_environment()
@@ -238,7 +242,7 @@ def convert(args):
         raise UserError(f"{name}: D4RL's Kitchen files hold no speeds; use Minari's, such as D4RL/kitchen/complete-v2")
     if from_file:
         raw = read_d4rl(name, limit)
-    env, observations, actions = flat_environment(env, ("observation",) if kitchen else args.keys)
+    env, observations, actions, outside = flat_environment(env, ("observation",) if kitchen else args.keys)
     (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
     episodes = []
     for i, (obs, action, reward, ends) in enumerate(raw):
@@ -260,6 +264,8 @@ def convert(args):
         episodes.append(EpisodeBuffer(None, None, None, obs, action, rewards, ends, truncated))
     if not episodes:
         raise UserError(f"{name} is empty")
+    if share := sum(outside[::2]) / max(1, sum(outside[1::2])):
+        print(f"{share:.1%} of the actions' numbers lay outside the environment's box and were clipped", flush=True)
     low = next((x for x in (args.ref_min, references[0], known[0]) if x is not None), None)
     high = next((x for x in (args.ref_max, references[1], known[1]) if x is not None), None)
     if (low is None) != (high is None) or (low is not None and not low < high):
@@ -330,6 +336,8 @@ def check_spec(spec, name):
     """Making an environment runs code, and a dataset says which: nothing is made but what gymnasium's registry holds,
     under wrappers of gymnasium that touch no file. `spec`: the dataset's own JSON. Raises UserError."""
     harmless = "FilterObservation FlattenObservation RescaleAction RescaleObservation ClipAction TimeLimit".split()
+    if not spec:
+        raise UserError(f"{name} names no environment; offline/convert.py --env adds one")
     try:
         spec, places = json.loads(spec), {f"{getattr(gym.wrappers, w).__module__}:{w}" for w in harmless}
         if spec["entry_point"].startswith("gymnasium_robotics."):  # AntMaze, Kitchen, Adroit
@@ -340,10 +348,11 @@ def check_spec(spec, name):
         good &= gym.registry[spec["id"]].entry_point == spec["entry_point"]
         good &= not any(isinstance(value, str) and "/" in value for value in spec["kwargs"].values())  # files
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        hint = "none was made; import what registers your own at the top of this file"
+        hint = f"none was made; import what registers your own at the top of {Path(__file__).name}"
         raise UserError(f"{name} names no environment that gymnasium knows ({error!r}); {hint}") from error
     if not good:
-        raise UserError(f"{name} names {spec['id']} with code or wrappers that are not gymnasium's; none was made")
+        hint = f"with code that is not gymnasium's, or wrappers other than {', '.join(harmless)}"
+        raise UserError(f"{name} names {spec['id']} {hint}; none was made")
 
 
 def parse_args():

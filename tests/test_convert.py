@@ -125,6 +125,29 @@ def test_actions_of_another_box_are_rescaled_and_the_environment_with_them(minar
     assert data.references == (-1500, -150)
 
 
+def test_what_is_changed_in_foreign_data_is_said(tmp_path, capsys):
+    actions = np.full((9, ACT), 0.5, dtype=np.float32)
+    actions[:3, 0] = 1.7
+    path = write_d4rl(tmp_path / "d.hdf5", actions=actions, timeouts=None)
+    data = converted(path, "--env", "Hopper-v5")
+    printed = capsys.readouterr().out
+    assert "12.5% of the actions" in printed and "has no timeouts" in printed  # 3 of the 24 numbers that are kept
+    assert data.split(data.rows)[1].max() == 1
+    converted(write_d4rl(tmp_path / "e.hdf5"), "--env", "Hopper-v5")
+    assert "%" not in capsys.readouterr().out
+
+
+def test_a_dataset_without_an_environment_gets_one(minari_store):
+    env = gym.make("Pendulum-v1", max_episode_steps=60)
+    spaces = {"observation_space": env.observation_space, "action_space": env.action_space}
+    episodes = [pendulum_episode(env, 3)]
+    minari.create_dataset_from_buffers("mine/nowhere-v0", episodes, **spaces, author_email="a@b.c")
+    with pytest.raises(convert.UserError, match="names no environment; offline/convert.py --env adds one"):
+        converted("mine/nowhere-v0")
+    data = converted("mine/nowhere-v0", "--env", "Pendulum-v1")
+    assert data.make_env().spec.id == "Pendulum-v1" and len(data.rows) == 60
+
+
 class Room(gym.Env):
     """Observations in a dictionary."""
 

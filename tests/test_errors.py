@@ -54,7 +54,7 @@ def test_missing_and_corrupt_checkpoints(capsys, monkeypatch, tmp_path, checkpoi
         broken.write_bytes(content)
         assert "incomplete" in refused(capsys, monkeypatch, o2o_sac, "--checkpoint", broken, *run_dir)
     torch.save({"format": 1}, broken)
-    assert "format 1" in refused(capsys, monkeypatch, o2o_sac, "--checkpoint", broken, *run_dir)
+    assert "KeyError: 'policy'" in refused(capsys, monkeypatch, o2o_sac, "--checkpoint", broken, *run_dir)
     torch.save([1, 2], broken)
     assert "no checkpoint of ours" in refused(capsys, monkeypatch, o2o_sac, "--checkpoint", broken, *run_dir)
     assert not (tmp_path / "run").exists()
@@ -94,6 +94,22 @@ def test_checkpoints_that_do_not_fit(capfd, monkeypatch, tmp_path, checkpoint, c
     error = capfd.readouterr().err
     assert stop.value.code == 2 and words in error and "Traceback" not in error
     assert not (tmp_path / "run/args.json").exists()
+
+
+def test_a_folder_that_cannot_be_written_and_a_task_without_a_policy(capsys, monkeypatch, tmp_path, checkpoint):
+    """Before the data are loaded, and without a word of results that are not there."""
+    (tmp_path / "file").write_text("mine")
+    argv = "--checkpoint", checkpoint, "--run-dir", tmp_path / "file/run"
+    assert "file/run cannot be written to" in refused(capsys, monkeypatch, o2o_sac, *argv)
+    error = refused(capsys, monkeypatch, o2o_sac, "--env-id", "hoper-medium-v2", "--dataset", "mine/hops-v0")
+    assert "cql.py --env-id hoper-medium-v2 --dataset mine/hops-v0" in error and " hopper-medium-v2," in error
+
+
+def test_a_refused_run_reports_no_results(script, tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(script.Run, "restore", lambda *_: (_ for _ in ()).throw(script.UserError("no")))
+    with pytest.raises(script.UserError):
+        script.main(tiny())
+    assert "everything is in" not in capsys.readouterr().out and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import o2o_td3
 
 @pytest.mark.slow
 def test_td3_bc_learns_to_hop(tmp_path, monkeypatch):
-    """1,000 updates on 20,000 transitions of the medium policy (48 points); random actions make 1 point. Four seeds made
-    35 to 47."""
+    """1,000 updates on 20,000 transitions of the medium policy (48 points); random actions make 1 point. Four seeds
+    made 35 to 47."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
     collect.main(collect.Args(env_id=TASK, num_steps=20_000))
     args = td3_bc.Args(updates=1000, eval_every_updates=1000, compile=False)

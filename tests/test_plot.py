@@ -71,6 +71,14 @@ def test_the_published_runs_are_drawn(tmp_path):
     assert (tmp_path / "new" / "figure.png").stat().st_size > 10_000 and "2 runs" in done.stdout
 
 
+def test_runs_without_scores_are_left_out(tmp_path, capsys):
+    run_folder(tmp_path / "runs/good", [(10, 1.0), (20, 2.0)])
+    run_folder(tmp_path / "runs/offline", [])
+    plot.main(plot.Args((tmp_path / "runs",), output=tmp_path / "figure.png"))
+    printed = capsys.readouterr().out
+    assert f"left out {tmp_path / 'runs/offline'}" in printed and "1 runs" in printed
+
+
 @pytest.mark.parametrize("case", ["missing", "empty", "no scores", "damaged", "labels", "name", "no steps in common"])
 def test_bad_input_is_one_sentence(case, tmp_path):
     good, other = run_folder(tmp_path / "good", [(10, 1.0), (20, 2.0)]), tmp_path / "other"
@@ -79,6 +87,7 @@ def test_bad_input_is_one_sentence(case, tmp_path):
         other.mkdir()
     elif case == "no scores":
         run_folder(other, [])
+        del words[0]
     elif case == "no steps in common":
         run_folder(other, [(100, 1.0)])
     elif case != "missing":

@@ -5,11 +5,12 @@ import json
 import shutil
 
 import enjoy
+import lapo
 import numpy as np
 import pytest
 import report
 import torch
-from conftest import ROOT, TASK
+from conftest import ROOT, TASK, tiny_policy
 
 
 def test_every_figure_is_shown_and_every_table_has_a_place():
@@ -45,6 +46,17 @@ def test_the_score_of_a_policy_is_the_mean_of_its_episodes(tmp_path, minari_stor
     assert json.loads((tmp_path / "scores.json").read_text())["policies"] == found
     data = enjoy.load_data(enjoy.Args(env_id=TASK), torch.device("cpu"))
     assert enjoy.load_mode(paths[1], data)[0](torch.zeros(2, 11)).shape == (2, 3)
+
+
+def test_a_policy_of_the_users_own_data_is_scored_on_them(tmp_path, pendulum):
+    """Its rewards are never positive, for which LAPO's scale needs a bias; the checkpoint names the dataset."""
+    with pytest.raises(lapo.UserError, match="--reward-bias, here and for o3f.py"):
+        tiny_policy(lapo, tmp_path, env_id=pendulum)
+    path = tiny_policy(lapo, tmp_path, env_id="pendulum-mine-v0", dataset=f"o2o/{pendulum}", reward_bias=17.0,
+                       run_dir=str(tmp_path / "with a bias"))  # fmt: skip
+    assert lapo.load_file(path)["reward_scale"] > 1 / 17
+    (score,) = enjoy.main(enjoy.Args(checkpoint=(str(path),), episodes=2)).values()
+    assert -500 < score["score"] < 100  # of the dataset's reference returns
 
 
 def test_interquartile_mean_and_its_interval():

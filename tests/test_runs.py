@@ -319,12 +319,14 @@ def test_an_imitation_that_was_cut_off_goes_on_and_that_of_another_teacher_is_re
     args = tiny(checkpoint=str(others[0]), online_steps=4)
     with pytest.raises(KeyboardInterrupt):
         script.main(args)
-    assert not (tmp_path / "run/args.json").exists()
     monkeypatch.setattr(script, "train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):  # before `restore`: the copy is there, the run is not
-        script.main(args)
+        script.main(replace(args, resume=str(tmp_path / "run")))
     assert [call[0] for call in calls] == ["--env-id=hopper-medium-v2", f"--resume={tmp_path / 'run/imitation'}"]
     assert (tmp_path / "run/imitated.pt").exists()
+    with pytest.raises(script.UserError, match="holds a run already"):
+        script.main(args)
+    (tmp_path / "run/args.json").unlink()
     with pytest.raises(script.UserError, match="imitates another policy"):
         script.main(replace(args, checkpoint=str(others[1])))
     copy = torch.load(tmp_path / "run/imitated.pt", weights_only=True)
@@ -332,6 +334,15 @@ def test_an_imitation_that_was_cut_off_goes_on_and_that_of_another_teacher_is_re
     torch.save(copy, tmp_path / "run/imitated.pt")
     with pytest.raises(script.UserError, match="not a"):
         script.main(args)
+
+
+def test_a_run_whose_policy_cannot_be_imitated_leaves_its_folder_free(script, tiny, tmp_path, checkpoints, monkeypatch):
+    monkeypatch.setattr(script.subprocess, "run", lambda command: subprocess.CompletedProcess(command, 2))
+    other = checkpoints[o2o_td3 if script is o2o_sac else o2o_sac]
+    for _ in range(2):
+        with pytest.raises(script.UserError, match="could not imitate it"):
+            script.main(tiny(checkpoint=str(other)))
+    assert not list((tmp_path / "run").iterdir())
 
 
 @pytest.mark.parametrize("seed", [1, 20_260_101])

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -37,7 +38,7 @@ from tqdm import tqdm
 class Args:
     checkpoint: tuple[str, ...] = ()  # files to evaluate, one after the other
     env_id: str | None = None  # task; None: the one that the checkpoint was trained on
-    dataset: str | None = None  # Minari id whose environment it is; None: o2o/<env_id>
+    dataset: str | None = None  # Minari id whose environment it is; None: that of the checkpoint, or o2o/<env_id>
     episodes: int = 200  # episodes of each checkpoint
     seed: int = 1  # start states derive from it
     video: str | None = None  # film one episode of each checkpoint into this file, .mp4 or .gif
@@ -251,6 +252,8 @@ def check_spec(spec, name):
     """Making an environment runs code, and a dataset says which: nothing is made but what gymnasium's registry holds,
     under wrappers of gymnasium that touch no file. `spec`: the dataset's own JSON. Raises UserError."""
     harmless = "FilterObservation FlattenObservation RescaleAction RescaleObservation ClipAction TimeLimit".split()
+    if not spec:
+        raise UserError(f"{name} names no environment; offline/convert.py --env adds one")
     try:
         spec, places = json.loads(spec), {f"{getattr(gym.wrappers, w).__module__}:{w}" for w in harmless}
         if spec["entry_point"].startswith("gymnasium_robotics."):  # AntMaze, Kitchen, Adroit
@@ -261,10 +264,11 @@ def check_spec(spec, name):
         good &= gym.registry[spec["id"]].entry_point == spec["entry_point"]
         good &= not any(isinstance(value, str) and "/" in value for value in spec["kwargs"].values())  # files
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        hint = "none was made; import what registers your own at the top of this file"
+        hint = f"none was made; import what registers your own at the top of {Path(__file__).name}"
         raise UserError(f"{name} names no environment that gymnasium knows ({error!r}); {hint}") from error
     if not good:
-        raise UserError(f"{name} names {spec['id']} with code or wrappers that are not gymnasium's; none was made")
+        hint = f"with code that is not gymnasium's, or wrappers other than {', '.join(harmless)}"
+        raise UserError(f"{name} names {spec['id']} {hint}; none was made")
 
 
 def load_data(args, device):
@@ -367,7 +371,7 @@ def main(args: Args):
     if not args.checkpoint or args.episodes < 1 or args.seed < 0:
         raise UserError("name a --checkpoint, at least one of --episodes, and a --seed that is not negative")
     torch.set_num_threads(1)
-    device, known, data = torch.device("cpu"), {"episodes": args.episodes, "policies": {}}, {}
+    device, known, known_data = torch.device("cpu"), {"episodes": args.episodes, "policies": {}}, {}
     if args.json and Path(args.json).exists():
         try:
             known = json.loads(Path(args.json).read_text())
@@ -377,21 +381,25 @@ def main(args: Args):
         if not good:
             raise UserError(f"{args.json} holds no scores over {args.episodes} episodes; name another file")
     for path in map(Path, args.checkpoint):
-        task = args.env_id or str(load_file(path).get("env_id"))
+        saved = load_file(path)
+        task, source, its = args.env_id or str(saved.get("env_id")), args.dataset, str(saved.get("dataset"))
+        named = not (source or args.env_id) and re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", its)
+        source = its if named and get_dataset_path(its).exists() else source  # own data are no o2o/<env_id>
         name, digest = f"{path.parent.name}/{path.name}", hashlib.sha256(path.read_bytes()).hexdigest()
         if known["policies"].get(name, {}).get("sha256") == digest and not args.video:
             print(f"{path}: known")
             continue
-        if task not in data:
-            data[task] = load_data(Args(env_id=task, dataset=args.dataset), device)
-        mode, wrap = load_mode(path, data[task])
+        if (task, source) not in known_data:
+            known_data[task, source] = load_data(Args(env_id=task, dataset=source), device)
+        data = known_data[task, source]
+        mode, wrap = load_mode(path, data)
         if args.video:
-            film(mode, wrap, data[task], args.video, args.seed)
-        envs, scores = [wrap(data[task].make_env()) for _ in range(min(10, args.episodes))], []
+            film(mode, wrap, data, args.video, args.seed)
+        envs, scores = [wrap(data.make_env()) for _ in range(min(10, args.episodes))], []
         policy = lambda obs, _, mode=mode: (mode(obs), torch.zeros(len(obs)))  # noqa: E731
         while len(scores) < args.episodes:
             seed = 300_000_000 + 1_000_000 * args.seed + len(scores)
-            scores += [data[task].score(x) for x in evaluate(policy, envs, seed, device)[0]]
+            scores += [data.score(x) for x in evaluate(policy, envs, seed, device)[0]]
         scores = scores[: args.episodes]
         error = float(np.std(scores, ddof=1) / len(scores) ** 0.5) if len(scores) > 1 else 0.0
         known["policies"][name] = {"score": float(np.mean(scores)), "error": error, "sha256": digest}

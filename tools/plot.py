@@ -47,7 +47,8 @@ def load_json(path):
 
 
 def load_run(folder, stage, metric):
-    """-> (task, label, [(step, value)], offline score or None) of one run, finished or not. Raises UserError."""
+    """-> (task, label, [(step, value)], offline score or None) of one run, finished or not. None if it has no such
+    points. Raises UserError."""
     try:
         known = load_json(folder / "args.json") | {k: v for k, v in load_json(folder / "summary.json").items() if v}
         lines = (folder / "metrics.jsonl").read_text().split("\n")[:-1]  # a line that is being written has no end yet
@@ -59,7 +60,8 @@ def load_run(folder, stage, metric):
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} is damaged or no run folder ({type(error).__name__}: {error})") from error
     if not points:
-        raise UserError(f"{folder} has no {stage}/{metric} yet")
+        print(f"left out {folder}, which has no {stage}/{metric}")
+        return None
     return task, label, points, offline
 
 
@@ -102,8 +104,11 @@ def main(args: Args):
     panels = defaultdict(lambda: defaultdict(list))
     for i, parent in enumerate(args.folders):
         for folder in run_folders(parent):
-            task, label, curve, offline = load_run(folder, args.stage, args.metric)
-            panels[task][args.labels[i] if args.labels else label].append((curve, offline))
+            if run := load_run(folder, args.stage, args.metric):
+                task, label, curve, offline = run
+                panels[task][args.labels[i] if args.labels else label].append((curve, offline))
+    if not panels:
+        raise UserError(f"none of these runs has {args.stage}/{args.metric} yet")
     draw_panels(panels, args)
     print(f"{sum(len(runs) for panel in panels.values() for runs in panel.values())} runs in {args.output}")
 
