@@ -77,6 +77,7 @@ EXPERIMENTS = {  # script: {variant: flags}
     "o2o_ppo": {
         **{variant: f"{PPO} {FAST} {ABLATIONS[variant]}" for variant in ("full", "no-reevaluate", "no-align")},
         "naive": f"{PPO} {FAST} --no-reevaluate --no-align",
+        "interval": f"{PPO} {FAST} --reference interval",
     },
     "o3f": {
         **{f"lapo{name}": f"--base lapo {LAPO} {FAST} {flag}" for name, flag in OPTIMISM.items()},

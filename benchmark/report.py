@@ -80,6 +80,7 @@ METHODS = {  # title -> its table, its variant there
 COMPARED = METHODS | {  # on one task
     "O2SAC, interval": ("o2o_sac", "interval"),
     "O2TD3, interval": ("o2o_td3", "interval"),
+    "O2PPO, interval": ("o2o_ppo", "interval"),
     "CQL": ("cal_ql", "no-calibrate"),
     "PROTO+TD3": ("proto", "td3"),
 }

@@ -211,7 +211,7 @@ def film(mode, wrap, data, path, seed):
         imageio.mimsave(temporary, frames, fps=env.metadata.get("render_fps", 30))
         os.replace(temporary, path)
     except Exception as error:  # whatever the renderer or the encoder raises
-        hint = "set MUJOCO_GL=egl or osmesa, and end the file's name in .mp4 or .gif"
+        hint = "it takes what gymnasium renders with: pygame, or for MuJoCo MUJOCO_GL=egl or osmesa"
         raise UserError(f"cannot film ({' '.join(str(error).split()) or type(error).__name__}); {hint}") from error
     print(f"{path}: {len(frames)} steps")
 
@@ -370,6 +370,8 @@ def versions():
 def main(args: Args):
     if not args.checkpoint or args.episodes < 1 or args.seed < 0:
         raise UserError("name a --checkpoint, at least one of --episodes, and a --seed that is not negative")
+    if args.video and Path(args.video).suffix not in (".mp4", ".gif"):
+        raise UserError(f"--video {args.video} has to end in .mp4 or .gif")
     torch.set_num_threads(1)
     device, known, known_data = torch.device("cpu"), {"episodes": args.episodes, "policies": {}}, {}
     if args.json and Path(args.json).exists():
