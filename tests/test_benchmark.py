@@ -120,7 +120,8 @@ def test_published_runs_used_the_listed_flags():
         listed = module.parse_args(["--env-id", job.task, "--seed", str(job.seed), *job.flags])
         published = json.loads(path.read_text())
         published["bf16"] = published.pop("matmul_precision", None) == "medium" or published.get("bf16", False)
-        published["offline_fraction"] = {"half": 0.5, "none": 0.0}.get(published.pop("offline_data", None), 0.5)
+        share = {"half": 0.5, "none": 0.0}.get(published.pop("offline_data", None), 0.5)
+        published.setdefault("offline_fraction", share)
         for old, new in RENAMED.items():
             if old in published:
                 published[new] = published.pop(old)
