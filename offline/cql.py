@@ -740,17 +740,25 @@ def parse_args(argv=None):
     return args
 
 
+def interrupted(error):
+    """Whether Ctrl-C or SIGTERM is at the root of an exception: one that arrives inside an import gets wrapped."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def run_cli(main):
     """A UserError becomes one sentence on stderr and exit code 2; SIGTERM ends a run like Ctrl-C, with a summary."""
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs would ignore the former
         signal.signal(number, signal.default_int_handler)
     try:
         main(parse_args())
-    except (UserError, OSError) as error:  # OSError: no space left, no permission
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except BaseException as error:
+        if isinstance(error, UserError | OSError):  # OSError: no space left, no permission
+            print(f"error: {error}", file=sys.stderr)
+        elif not interrupted(error):
+            raise
+        sys.exit(130 if interrupted(error) else 2)
 
 
 def main(args: Args):
@@ -765,8 +773,8 @@ def main(args: Args):
     try:
         train(args, run, data)
         status = "complete"
-    except KeyboardInterrupt:
-        status = "interrupted"
+    except BaseException as error:
+        status = "interrupted" if interrupted(error) else status
         raise
     finally:
         summary = run.summarize(status)

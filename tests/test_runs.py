@@ -417,6 +417,23 @@ def test_interrupting_writes_a_summary(script, tiny, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "interrupted"
 
 
+@for_scripts(o2o_sac, o2o_td3, o2o_ppo)
+def test_ctrl_c_inside_an_import_ends_a_run_too(script, tiny, tmp_path, monkeypatch):
+    """Python 3.11 turns what a __set_name__ raises into a RuntimeError; matplotlib has such attributes."""
+
+    class Attribute:
+        def __set_name__(self, owner, name):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+
+    monkeypatch.setattr(script, "draw_curve", lambda run: type("Owner", (), {"attribute": Attribute()}))
+    monkeypatch.setattr(script, "parse_args", tiny)
+    with pytest.raises(SystemExit) as stop:
+        script.run_cli(script.main)
+    assert stop.value.code == 130
+    assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "interrupted"
+
+
 def test_sigterm_ends_like_ctrl_c(tiny_process):
     process, folder = tiny_process
     process.send_signal(signal.SIGTERM)
