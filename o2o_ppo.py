@@ -396,9 +396,8 @@ def train(args, run, data, actor):
         return {"v_start": v.item(), "discounted_return": obtained}
 
     if progress["stage"] == "start":
-        _, discounted, _ = evaluate(
-            mode_of(actor), envs, args.seed, device, args.gamma, 0.0, args.reward_scale, args.reward_bias
-        )
+        units = args.gamma, 0.0, args.reward_scale, args.reward_bias
+        _, discounted, _ = evaluate(mode_of(actor), envs, args.seed, device, *units)
         progress["discounted_return"] = float(discounted.mean())
         progress["offline_score"], progress["offline_error"] = closing_score(args, actor, data, envs)
         progress["start_score"] = score(choose=args.align)["score"]

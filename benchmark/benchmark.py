@@ -33,7 +33,7 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 HOPPER = "hopper-medium-v2"
 OTHERS = ("walker2d-medium-v2", "halfcheetah-medium-v2", "hopper-medium-replay-v2")  # the methods alone, three seeds
-WALKER = [("o2o_td3", "walker2d-medium-v2", variant) for variant in ("no-align", "interval")]  # and these there
+WALKER = {"o2o_td3": ("no-align", "interval"), "o2o_sac": ("interval",), "o2o_ppo": ("interval",)}  # three seeds
 FAST = "--bf16"  # the published runs, except those of the default commands
 # What the published runs used, and the papers' budgets (--paper)
 SAC = "--reevaluation-steps 100000 --alignment-steps 15000 --eval-every 500 --eval-every-updates 2500"
@@ -267,7 +267,8 @@ def all_jobs(args):
                 if (short or transfer) and not ships and not args.pretrain:
                     continue
                 for seed in args.seed:
-                    published = variant in ("full", "full-8000", "iql") or (script, task, variant) in WALKER
+                    walker = task == OTHERS[0] and (variant in WALKER.get(script, ()) or (transfer and seed == 1))
+                    published = variant in ("full", "full-8000", "iql") or walker
                     if not short or (seed == 1 if own else seed <= 3 and published):
                         add(script, task, variant, seed, flags)
         if HOPPER in (args.task or (HOPPER,)) and 1 in args.seed and not args.paper:

@@ -516,11 +516,11 @@ def draw_curves(runs, group, path):
     )
     for row, (task, variants) in zip(axes, tasks.items(), strict=True):
         for axis, stage in zip(row, stages, strict=True):
-            for i, (variant, found) in enumerate(variants.items()):
+            for variant, found in variants.items():
                 curves = [stage_of(run, stage) for run in found]
                 longer = variant == "full" and "full-8000" in variants  # the same runs, continued
                 if all(curves) and not longer:
-                    plot_band(axis, curves, titles[variant], f"C{i}")
+                    plot_band(axis, curves, titles[variant], f"C{[*titles].index(variant)}")
             offline = np.mean([run["offline"] for found in variants.values() for run in found])
             axis.axhline(offline, color="black", linestyle="--", label="offline policy")
             axis.set_title(f"{task}: {STAGES[stage]}")

@@ -139,17 +139,35 @@ def test_help_of_a_task_shows_what_will_be_used(capsys, monkeypatch):
     assert "0.125" in line
 
 
+PROSE = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("results/*.md"), ROOT / "results/studies/README.md"]
+
+
+def without_code(path):
+    return re.sub(r"`[^`\n]+`", "", re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S))
+
+
+def anchors(path):
+    """The names that GitHub gives a file's headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_inside_the_project_lead_somewhere():
+    links = [(path, link) for path in PROSE for link in re.findall(r"\]\(([^)]+)\)", without_code(path))]
+    inside = [(path, link) for path, link in links if not link.startswith("http")]
+    assert len(inside) > 30
+    for path, link in inside:
+        name, _, anchor = link.partition("#")
+        target = path.parent / name if name else path
+        assert target.exists(), f"{path.name}: {link}"
+        assert not anchor or anchor in anchors(target), f"{path.name}: {link}"
+
+
 def documented_commands():
     """(where, script, arguments) of every `python ....py` in the prose and in the scripts' docstrings."""
-    prose = [
-        ROOT / "README.md",
-        *ROOT.glob("docs/*.md"),
-        ROOT / "results/README.md",
-        ROOT / "results/studies/README.md",
-    ]
     texts = {
         str(path.relative_to(ROOT)): "\n".join(re.findall(r"^```bash\n(.*?)^```", path.read_text(), re.M | re.S))
-        for path in prose
+        for path in PROSE
     }
     texts |= {path.name: ast.get_docstring(ast.parse(path.read_text())) for path in SCRIPTS}
     for where, text in texts.items():
