@@ -400,7 +400,7 @@ def train(args, run, data, actor):
         _, discounted, _ = evaluate(mode_of(actor), envs, args.seed, device, *units)
         progress["discounted_return"] = float(discounted.mean())
         progress["offline_score"], progress["offline_error"] = closing_score(args, actor, data, envs)
-        progress["start_score"] = score(choose=args.align)["score"]
+        progress["start_score"] = score(choose=args.align and args.reference == "best")["score"]
         print(f"offline policy: score {progress['offline_score']:.1f} +- {progress['offline_error']:.1f}", flush=True)
         run.enter("reevaluate")
     if progress["stage"] == "reevaluate":

@@ -321,12 +321,14 @@ def train(args, run, data, actor):
             value = nets["critics"](obs, nets["offline"](obs)).amin(0).mean()
         return {"v_start": value.item(), "discounted_return": progress["discounted_return"]}
 
+    # before online training the better of pi_off and the aligned policy, unless pi_ref is renewed before its first use
+    choose = args.constrain and (args.reference == "best" or args.reference_every > args.warm_up)
     if progress["stage"] == "start":
         units = args.gamma, 0.0, args.reward_scale, args.reward_bias
         _, discounted, _ = evaluate(mode_of(actor), envs, args.seed, device, *units)
         progress["discounted_return"] = float(discounted.mean())
         progress["offline_score"], progress["offline_error"] = closing_score(args, actor, data, envs)
-        progress["start_score"] = score(choose=args.constrain)["score"]
+        progress["start_score"] = score(choose=choose)["score"]
         print(f"offline policy: score {progress['offline_score']:.1f} +- {progress['offline_error']:.1f}", flush=True)
         run.enter("reevaluate")
     if progress["stage"] == "reevaluate":
@@ -338,7 +340,7 @@ def train(args, run, data, actor):
         if args.align:
             train_offline(args, run, "align", args.alignment_steps, align, data.rows, shape, score)
             nets["targets"].load_state_dict(nets["critics"].state_dict())
-            progress["start_score"] = progress["aligned_score"] = score(choose=args.constrain)["score"]
+            progress["start_score"] = progress["aligned_score"] = score(choose=choose)["score"]
         nets["actor_target"].load_state_dict(actor.state_dict())
         run.enter("online")
     train_online(args, run, finetune, data, score)

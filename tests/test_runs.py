@@ -192,7 +192,7 @@ def test_the_reference_is_renewed_only_by_a_better_policy_or_at_intervals(script
         """Runs with these scores of the modes: offline, aligned twice in the stage and at its end, then online."""
         monkeypatch.setattr(script, "evaluate", scripted(scores))
         run_dir = tmp_path / f"{len(list(tmp_path.iterdir()))}"
-        summary = script.main(tiny(run_dir=str(run_dir), online_steps=4, warm_up=0, **changes))
+        summary = script.main(tiny(**{"run_dir": str(run_dir), "online_steps": 4, "warm_up": 0} | changes))
         saved = torch.load(run_dir / "resume.pt", weights_only=True)["nets"]
         same = all(torch.equal(saved["reference"][key], value) for key, value in saved["actor"].items())
         return same, summary["selection_steps"]
@@ -202,6 +202,8 @@ def test_the_reference_is_renewed_only_by_a_better_policy_or_at_intervals(script
     assert reference_equals_actor([0.5, 0.1, 0.1, 0.9, 0.8]) == (False, 3)
     assert reference_equals_actor([0.5, 0.1, 0.1, 0.1, 0.4], reference="interval", reference_every=2) == (True, 2)
     assert reference_equals_actor([0.5, 0.1, 0.1, 0.1, 0.9], reference="interval", reference_every=3) == (False, 2)
+    renewed = {"reference": "interval", "reference_every": 2, "warm_up": 2}  # at the last step of the warm-up
+    assert reference_equals_actor([0.5, 0.1, 0.1, 0.1, 0.4], **renewed) == (True, 0)
 
 
 @OFF_POLICY
@@ -538,9 +540,9 @@ def test_the_reference_of_ppo_is_renewed_only_by_a_better_policy_or_at_intervals
 
     assert reference_equals_actor([0.5, 0.1, 0.9]) == (True, 3)
     assert reference_equals_actor([0.5, 0.9, 0.8]) == (False, 3)
-    assert reference_equals_actor([0.5, 0.1, 0.1], reference="interval", reference_every=8) == (True, 1)
-    assert reference_equals_actor([0.5, 0.1, 0.9], reference="interval", reference_every=5) == (True, 1)
-    assert reference_equals_actor([0.5, 0.1, 0.9], reference="interval", reference_every=9) == (False, 1)
+    assert reference_equals_actor([0.5, 0.1, 0.1], reference="interval", reference_every=8) == (True, 0)
+    assert reference_equals_actor([0.5, 0.1, 0.9], reference="interval", reference_every=5) == (True, 0)
+    assert reference_equals_actor([0.5, 0.1, 0.9], reference="interval", reference_every=9) == (False, 0)
 
 
 @ON_POLICY
