@@ -101,7 +101,7 @@ class Args:
 
 
 def settings(args):
-    """What the authors change with the task (appendix of the paper); the command line still wins."""
+    """Defaults that differ by task, mostly as in the appendix of the paper; the command line still wins."""
     expert = args.env_id.split("-v")[0].endswith("expert")  # expert and medium-expert data
     values = {"scale_rewards": args.env_id.startswith("halfcheetah")}
     if args.env_id.startswith("antmaze"):
@@ -386,7 +386,7 @@ def train(args, run, data, actor):
         scaler.stats.update(discounted_sums(reward, starts, args.gamma).double().cpu().numpy())
         reward = reward / scaler.std()
 
-    def values():
+    def start_values():
         """V, mean over ten start states for each environment, beside what the offline policy obtained in an episode of
         each: V is that of the data's policy, so it should stand still, somewhat lower or, on poor data, far lower."""
         obs = data.to_tensor(np.stack([env.reset(seed=i)[0] for i, env in enumerate(10 * envs)]))
@@ -406,7 +406,7 @@ def train(args, run, data, actor):
     if progress["stage"] == "reevaluate":
         if args.reevaluate:
             rows = value_targets(data, reward, args.gamma)
-            train_offline(args, run, "reevaluate", args.reevaluation_steps, reevaluate, rows, (1,), values)
+            train_offline(args, run, "reevaluate", args.reevaluation_steps, reevaluate, rows, (1,), start_values)
         run.enter("online")
     train_online(args, run, finetune, data, score, scaler)
     progress["closing_score"], progress["closing_error"] = closing_score(args, actor, data, envs)
@@ -536,7 +536,7 @@ def compile_update(update, args):
         try:
             return chosen(*inputs)
         except torch._dynamo.exc.BackendCompilerFailed as error:  # before anything was computed
-            reason = f"{type(error.inner_exception).__name__}; the updates run uncompiled, about a third slower"
+            reason = f"{type(error.inner_exception).__name__}; the updates run uncompiled, at half the speed"
             print(f"no C++ compiler that works: {reason}", file=sys.stderr)
             chosen = update
             return update(*inputs)

@@ -72,7 +72,7 @@ class Args:
     updates_per_step: int = 10  # gradient steps per environment step
     warm_up: int = 1_000  # environment steps that act without updates
     offline_fraction: float = 0.5  # share of the data in the batches of stage 3
-    eval_every: int = 500  # environment steps between evaluations, which choose pi_ref too
+    eval_every: int = 500  # environment steps between evaluations
     eval_every_updates: int = 2_500  # updates between them in stages 1 and 2
     eval_episodes: int = 10  # episodes of one evaluation, all at once
 
@@ -101,7 +101,7 @@ class Args:
 
 
 def settings(args):
-    """What the authors change with the task (appendix of the paper); the command line still wins."""
+    """Defaults that differ by task, mostly as in the appendix of the paper; the command line still wins."""
     expert = args.env_id.split("-v")[0].endswith("expert")  # expert and medium-expert data
     values = {"alpha": 0.5, "limit_start": 0.005, "limit_end": 0.125} if expert else {"limit_end": Args.limit_end}
     values |= {"reference_every": 10_000} if expert and args.env_id.startswith("hopper") else {}
@@ -109,7 +109,7 @@ def settings(args):
         values |= {"reward_scale": 10.0, "reward_bias": -5.0, "num_critics": 1, "critic_layers": 5, "warm_up": 5_000}
         values |= {"online_steps": 50_000, "eval_every": 5_000, "eval_every_updates": 25_000, "eval_episodes": 50}
         values |= {"alpha": 0.5, "multiplier": 2.0} if "umaze" not in args.env_id else {}
-    if args.reference == "interval":  # this reference policy moves on by itself
+    if args.reference == "interval":  # pi_ref follows the policy by itself; a quarter as in the released code
         values["limit_end"] /= 4
     return values
 
@@ -188,7 +188,7 @@ def make_updates(args, nets, optimizers, split):
             q_old, q_mode = targets(both, torch.cat([action, mode])).amin(0).chunk(2)
             target = alignment_target(q_mode, log_prob_mode, q_old, log_prob_off, args.alpha)
         q = critics(both, torch.cat([action.detach(), mode]))
-        loss = ((q - torch.cat([target, q_mode])) ** 2).sum() / len(rows)
+        loss = ((q - torch.cat([target, q_mode])) ** 2).sum() / len(rows)  # of both, each the mean over states
         optimizers["critics"].minimize(loss)
         optimizers["actor"].minimize(actor_loss(log_prob, critics(obs, action), args.alpha))
         lowered, f = (q_old - target).mean(), (log_prob - log_prob_off).mean()
@@ -310,7 +310,7 @@ def train(args, run, data, actor):
     envs = [data.make_env() for _ in range(args.eval_episodes)]
     score, shape = partial(score_actor, args, run, data, envs), (args.batch_size, data.act_dim)
 
-    def values():
+    def start_values():
         """V of pi_off, mean over ten start states for each environment, beside what pi_off obtained in an episode of
         each, discounted and with the entropy bonus of its actions: re-evaluation is long enough once the former stands
         still near the latter."""
@@ -333,8 +333,8 @@ def train(args, run, data, actor):
         run.enter("reevaluate")
     if progress["stage"] == "reevaluate":
         if args.reevaluate:
-            train_offline(args, run, "reevaluate", args.reevaluation_steps, reevaluate, data.rows, shape, values)
-            warn_unless_near(**values())
+            train_offline(args, run, "reevaluate", args.reevaluation_steps, reevaluate, data.rows, shape, start_values)
+            warn_unless_near(**start_values())
         run.enter("align")
     if progress["stage"] == "align":
         if args.align:
@@ -501,7 +501,7 @@ def compile_update(update, args):
         try:
             return chosen(*inputs)
         except torch._dynamo.exc.BackendCompilerFailed as error:  # before anything was computed
-            reason = f"{type(error.inner_exception).__name__}; the updates run uncompiled, about a third slower"
+            reason = f"{type(error.inner_exception).__name__}; the updates run uncompiled, at half the speed"
             print(f"no C++ compiler that works: {reason}", file=sys.stderr)
             chosen = update
             return update(*inputs)

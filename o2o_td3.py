@@ -103,7 +103,7 @@ class Args:
 
 
 def settings(args):
-    """What the authors change with the task (appendix of the paper); the command line still wins."""
+    """Defaults that differ by task, mostly as in the appendix of the paper; the command line still wins."""
     expert = args.env_id.split("-v")[0].endswith("expert")  # expert and medium-expert data
     values = {"exploration_noise": 0.05, "limit_start": 2.5e-5, "limit_end": 6.25e-4}
     values |= {"reference_every": 10_000} if args.env_id.startswith(("hopper", "walker2d-expert")) else {}
@@ -111,7 +111,7 @@ def settings(args):
     if args.env_id.startswith("antmaze"):
         values |= {"reward_bias": -1.0, "warm_up": 5_000, "eval_every": 5_000, "eval_every_updates": 25_000}
         values |= {"eval_episodes": 50} | ({"multiplier": 2.0} if "umaze" not in args.env_id else {})
-    if args.reference == "interval":  # this reference policy moves on by itself
+    if args.reference == "interval":  # pi_ref follows the policy by itself; a quarter as in the released code
         values["limit_end"] /= 4
     return values
 
@@ -189,7 +189,7 @@ def make_updates(args, nets, optimizers, split):
             q_mode = q_mode.amin(0)
             target = alignment_target(q_mode, q_old, action, mode, args.bump, args.policy_noise)
         q = critics(both, torch.cat([action, mode]))
-        loss = ((q - torch.cat([target, q_mode.expand_as(target)], dim=1)) ** 2).sum() / len(rows)
+        loss = ((q - torch.cat([target, q_mode.expand_as(target)], dim=1)) ** 2).sum() / len(rows)  # of both, summed
         optimizers["critics"].minimize(loss)
         new_action = actor(obs)
         optimizers["actor"].minimize(-critics(obs, new_action, k=1)[0].mean())
@@ -312,7 +312,7 @@ def train(args, run, data, actor):
     envs = [data.make_env() for _ in range(args.eval_episodes)]
     score, shape = partial(score_actor, args, run, data, envs), (args.batch_size, data.act_dim)
 
-    def values():
+    def start_values():
         """V of pi_off, mean over ten start states for each environment, beside what pi_off obtained in an episode of
         each, discounted: re-evaluation is long enough once the former stands still near the latter (a little below it,
         since its actions are smoothed)."""
@@ -333,8 +333,8 @@ def train(args, run, data, actor):
         run.enter("reevaluate")
     if progress["stage"] == "reevaluate":
         if args.reevaluate:
-            train_offline(args, run, "reevaluate", args.reevaluation_steps, reevaluate, data.rows, shape, values)
-            warn_unless_near(**values())
+            train_offline(args, run, "reevaluate", args.reevaluation_steps, reevaluate, data.rows, shape, start_values)
+            warn_unless_near(**start_values())
         run.enter("align")
     if progress["stage"] == "align":
         if args.align:
@@ -486,7 +486,7 @@ def compile_update(update, args):
         try:
             return chosen(*inputs)
         except torch._dynamo.exc.BackendCompilerFailed as error:  # before anything was computed
-            reason = f"{type(error.inner_exception).__name__}; the updates run uncompiled, about a third slower"
+            reason = f"{type(error.inner_exception).__name__}; the updates run uncompiled, at half the speed"
             print(f"no C++ compiler that works: {reason}", file=sys.stderr)
             chosen = update
             return update(*inputs)

@@ -408,7 +408,7 @@ def compile_update(update, args):
         try:
             return chosen(*inputs)
         except torch._dynamo.exc.BackendCompilerFailed as error:  # before anything was computed
-            reason = f"{type(error.inner_exception).__name__}; the updates run uncompiled, about a third slower"
+            reason = f"{type(error.inner_exception).__name__}; the updates run uncompiled, at half the speed"
             print(f"no C++ compiler that works: {reason}", file=sys.stderr)
             chosen = update
             return update(*inputs)
