@@ -9,8 +9,9 @@ states such that Z(s) + log pi(a|s) obeys the soft Bellman equation. Online: SAC
 w log pi_0(a|s), pi_0 the frozen offline policy. R starts as Z, so the policy maximises Q already; w falls with time.
 
 The online buffer is new, with the 50 best episodes of the data if these hold good ones (medium-replay and better). One
-update per environment step, from the first on. Networks see raw observations, as the authors' do: on standardised ones
-Q of hopper-medium diverges in the pre-training. On AntMaze the authors' policy is not squashed, here it is.
+update per environment step, as soon as it holds more than a batch. Networks see raw observations, as the authors' do:
+on standardised ones Q of hopper-medium diverges in the pre-training. On AntMaze the authors' policy is not squashed,
+here it is.
 
 The method ends with `train`. What follows is plumbing (networks, data, run folder), the same in every script but for
 the policy's class.
@@ -225,8 +226,7 @@ def best_rows(rewards, last, episodes):
 
 
 def align(args, nets, optimizers, obs_dim):
-    """The border between the stages: R from Z, pi_0 from the policy, alpha 1, and no memory in the optimisers, so that
-    a run from --checkpoint is the same."""
+    """The border between the stages: R from Z, pi_0 from the policy, alpha 1, and no memory in the optimisers."""
     nets["critics"].load_state_dict(aligned_weights(nets["baseline"].state_dict(), obs_dim))
     nets["targets"].load_state_dict(nets["critics"].state_dict())
     nets["prior"].load_state_dict(nets["actor"].state_dict())
@@ -243,6 +243,7 @@ def train_online(args, run, update, data, score):
     env, obs, buffer, first = online_start(args, run, data)
     own = best_rows(reward_column.cpu(), data.last.cpu(), args.best_episodes).to(buffer.device)
     kept, own = len(own), torch.cat([own, torch.arange(first, len(buffer), device=buffer.device)])
+    waiting = max(0, args.batch_size - kept)  # steps without updates, as in the authors' library
     seconds, count, values, w = 0.0, 0, {}, torch.zeros((), device=buffer.device)
     for step in tqdm(range(progress["step"] + 1, args.online_steps + 1), desc="online", unit="step", disable=None):
         with torch.no_grad():
@@ -255,11 +256,12 @@ def train_online(args, run, update, data, score):
         if terminated or truncated:
             obs, progress["episode_start"] = env.reset(seed=1_000_000 * args.seed + step)[0], step
 
-        clock, count = time.monotonic(), count + args.updates_per_step
-        for i in range(args.updates_per_step):
+        clock, count = time.monotonic(), count + args.updates_per_step * (step > waiting)
+        for i in range(args.updates_per_step if step > waiting else 0):
             index = torch.randint(kept + step, (args.batch_size,), generator=generator, device=generator.device)
             noise = torch.randn(2, args.batch_size, data.act_dim, generator=generator, device=generator.device)
-            w.fill_(prior_weight((step - 1) * args.updates_per_step + i, args.prior_steps, args.prior_floor))
+            done = (step - 1 - waiting) * args.updates_per_step + i
+            w.fill_(prior_weight(done, args.prior_steps, args.prior_floor))
             values = update(buffer[own[index]], noise, w)
         if args.cuda:
             torch.cuda.synchronize()  # for the clock; the next action would wait for the updates anyway
@@ -303,6 +305,7 @@ def train(args, run, data, saved):
         start = checkpoint(args, data, nets, args.offline_steps, progress["offline_score"])
         save_file(start, run.dir / "offline.pt")
         align(args, nets, optimizers, data.obs_dim)
+        run.generator.manual_seed(args.seed)  # stage 2 is then the same with --checkpoint
         run.enter("online")
     update = compile_update(make_update(args, nets, optimizers, data.split), args)
     train_online(args, run, update, data, score)

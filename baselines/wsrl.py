@@ -86,7 +86,7 @@ class Args:
     min_critics: int = 2  # the target is the least of that many, drawn anew for each batch
     critic_layers: int = 2  # hidden layers of the critics, of width 256; the actor has two
     max_backup: bool = False  # back up the best of cql_actions next actions instead of one
-    cql_alpha: float = 5.0  # weight of the conservative term in the pre-training
+    cql_alpha: float = 5.0  # weight of the conservative term in the pre-training, without --target-gap
     cql_actions: int = 4  # actions that it draws from each of uniform, pi(.|s), pi(.|s') (paper: 10)
     target_gap: float | None = None  # tune that weight so that the gap stays there, in units of Q; None: fixed
     calibrate: bool = False  # Cal-QL: the conservative term pushes no value below what the data's policy obtained
@@ -200,14 +200,15 @@ def make_updates(args, nets, optimizers, split):
         q_candidates = q_of_each(critics, obs, torch.cat([uniform, actions, next_actions], dim=1))
         if args.calibrate:
             q_candidates = calibrated(q_candidates, floor, k)
-        gap, weight = conservative_gap(q_candidates, log_density, q, 1.0).mean(-1), torch.ones_like(log_weight)
+        gap = conservative_gap(q_candidates, log_density, q, 1.0).mean(-1)
+        weight = torch.full_like(log_weight, args.cql_alpha)
         if args.target_gap is not None:
             weight, gap = log_weight.detach().exp().clamp(max=1e6), gap - args.target_gap
-            optimizers["log_weight"].minimize(-log_weight.exp() * args.cql_alpha * gap.detach().mean())
-        optimizers["critics"].minimize(loss + weight * args.cql_alpha * gap.sum())
+            optimizers["log_weight"].minimize(-log_weight.exp() * gap.detach().mean())
+        optimizers["critics"].minimize(loss + weight * gap.sum())
         values = update_policy(rows, noise[3 * k])
         polyak(targets, critics, args.tau)
-        return values | numbers(td_loss=loss, gap=gap.mean(), cql_weight=weight * args.cql_alpha, q_mean=q.mean())
+        return values | numbers(td_loss=loss, gap=gap.mean(), cql_weight=weight, q_mean=q.mean())
 
     def update_critics(rows, noise, chosen):
         """Writes critics and targets. noise (K, B, A)."""
@@ -292,7 +293,7 @@ def train(args, run, data, saved):
     nets = {"actor": SquashedGaussianActor(*stats, data.act_dim, (256, 256), args.bf16), "critics": critics}
     nets |= {"targets": deepcopy(critics), "log_alpha": nn.ParameterList([torch.tensor(math.log(args.alpha))])}
     nets = warm_start(args.checkpoint, saved, nets)
-    nets["log_weight"] = nn.ParameterList([torch.tensor(1.0)])  # of --target-gap, which starts at e
+    nets["log_weight"] = nn.ParameterList([torch.tensor(0.0)])  # of --target-gap, which starts at 1
     nets = {name: net.to(device) for name, net in nets.items()}
     rates = {"actor": args.policy_lr, "log_alpha": args.policy_lr}
     rates |= {"critics": args.critic_lr, "log_weight": args.critic_lr}

@@ -16,7 +16,7 @@ from baselines import aca
 
 def tiny(run_dir, **changes):
     settings = {"offline_steps": 6, "online_steps": 8, "eval_every": 4, "eval_every_updates": 3, "eval_episodes": 1}
-    return aca.Args(**settings | {"batch_size": 16, "compile": False, "run_dir": str(run_dir)} | changes)
+    return aca.Args(**settings | {"batch_size": 2, "compile": False, "run_dir": str(run_dir)} | changes)
 
 
 def tensor(*values):
@@ -197,17 +197,18 @@ def test_what_a_run_draws(episodes, tmp_path, monkeypatch, minari_store):
 
     monkeypatch.setattr(aca, "make_update", make_update)
     aca.main(
-        tiny(tmp_path / "run", best_episodes=episodes, online_steps=6, eval_every=6, batch_size=256, prior_steps=4)
+        tiny(tmp_path / "run", best_episodes=episodes, online_steps=12, eval_every=12, batch_size=6, prior_steps=4)
     )
     data = aca.load_data(aca.Args(), torch.device("cpu"))
     best = data.rows[aca.best_rows(data.rows[:, 14], data.last, episodes)]
     online = torch.load(tmp_path / "run/resume.pt", weights_only=True)["online"]
-    assert [w for _, w in seen] == [1, 0.75, 0.5, 0.5, 0.5, 0.5]
-    for step, (rows, _) in enumerate(seen, 1):
-        known = {tuple(row) for row in torch.cat([best, online[:step]]).tolist()}
-        assert {tuple(row) for row in rows.tolist()} <= known
-        assert tuple(online[step - 1].tolist()) in {tuple(row) for row in rows.tolist()} or episodes
     assert len(best) > 6 or not episodes
+    first, drawn = 1 if episodes else 7, set()  # once the buffer holds more than a batch
+    assert [w for _, w in seen] == [1, 0.75, *[0.5] * (11 - first)]
+    for step, (rows, _) in enumerate(seen, first):
+        drawn |= {tuple(row) for row in rows.tolist()}
+        assert drawn <= {tuple(row) for row in torch.cat([best, online[:step]]).tolist()}
+    assert len(drawn & {tuple(row) for row in online.tolist()}) > (0 if episodes else 8)
 
 
 @pytest.mark.parametrize("number", [1, 4], ids=["offline", "online"])
@@ -237,6 +238,10 @@ def test_a_cached_start_and_what_does_not_fit(tmp_path, minari_store):
     summary = aca.main(tiny(tmp_path / "second", checkpoint=str(start)))
     rows = [json.loads(line) for line in (tmp_path / "second/metrics.jsonl").read_text().splitlines()]
     assert {row["stage"] for row in rows} == {"online"} and summary["status"] == "complete"
+    before = [json.loads(line) for line in (tmp_path / "first/metrics.jsonl").read_text().splitlines()][-len(rows) :]
+    assert all(
+        row[key] == other[key] for row, other in zip(rows, before, strict=True) for key in row if "per_sec" not in key
+    )
     with pytest.raises(aca.UserError, match="holds no networks"):  # Z belongs to the offline policy
         aca.main(tiny(tmp_path / "third", checkpoint=str(tmp_path / "first/model.pt")))
     saved = torch.load(start, weights_only=True)
