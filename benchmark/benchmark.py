@@ -36,9 +36,10 @@ OTHERS = ("walker2d-medium-v2", "halfcheetah-medium-v2", "hopper-medium-replay-v
 WALKER = {"o2o_td3": ("no-align", "interval"), "o2o_sac": ("interval",), "o2o_ppo": ("no-align", "interval")}  # too
 FAST = "--bf16"  # the published runs, except those of the default commands
 # What the published runs used, and the papers' budgets (--paper)
-SAC = "--reevaluation-steps 100000 --alignment-steps 15000 --eval-every 500 --eval-every-updates 2500"
-TD3 = "--reevaluation-steps 100000 --alignment-steps 50000 --eval-every 1000 --eval-every-updates 5000"
-PPO = "--reevaluation-steps 50000 --online-steps 250000 --eval-every 2500 --eval-every-updates 5000"
+BEST = "--reference best"
+SAC = f"--reevaluation-steps 100000 --alignment-steps 15000 --eval-every 500 --eval-every-updates 2500 {BEST}"
+TD3 = f"--reevaluation-steps 100000 --alignment-steps 50000 --eval-every 1000 --eval-every-updates 5000 {BEST}"
+PPO = f"--reevaluation-steps 50000 --online-steps 250000 --eval-every 2500 --eval-every-updates 5000 {BEST}"
 LAPO = "--online-steps 20000 --eval-every 1000 --updates-per-step 1"  # the paper: 20 updates a step
 IQL = "--online-steps 50000 --eval-every 1000"
 CAL_QL = "--offline-steps 50000 --online-steps 50000 --eval-every 1000 --cql-actions 4 --bf16"  # the paper: 10 actions
@@ -102,17 +103,13 @@ EXPERIMENTS |= {
     "off2on": {"full": f"--offline-steps 5000 --online-steps 20000 --eval-every 1000 {FAST}"},
 }
 MAZES = ("antmaze-umaze-v2", "antmaze-umaze-diverse-v2")  # one seed
-MAZE_EXPERIMENTS = {script: {"full": FAST} for script in ("o2o_td3", "o2o_ppo", "iql")}  # by the scripts' settings
+MAZE_EXPERIMENTS = {"o2o_td3": {"full": f"{FAST} {BEST}"}, "o2o_ppo": {"full": f"{FAST} {BEST}"}, "iql": {"full": FAST}}
 KITCHENS = ("kitchen-complete-v0",)  # one seed
 KITCHEN = f"--base iql --online-steps 20000 --eval-every 2000 {FAST}"
 KITCHEN_EXPERIMENTS = {"o3f": {"iql": KITCHEN, "iql-noise": f"{KITCHEN} --no-optimism"}}
 EXPERIMENTS["critics"] = {"study": f"{SAC} --eval-every-updates 1000 {FAST}"}  # benchmark/critics.py
 # One seed each, on hopper-medium-v2: the default commands as they stand, and how budget and alpha change alignment
-DEFAULTS = {
-    "o2o_sac": f"{SAC} --online-steps 8000",
-    "o2o_td3": f"{TD3} --online-steps 50000",
-    "o2o_ppo": PPO,
-}
+DEFAULTS = {"o2o_sac": "", "o2o_td3": "", "o2o_ppo": ""}
 STUDIES = {
     f"alignment-{n}": f"{SAC} --alignment-steps {n} --online-steps 4000 {FAST}"
     for n in (25_000, 50_000, 100_000, 200_000)

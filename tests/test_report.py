@@ -115,7 +115,7 @@ def test_tables_of_runs_made_by_hand(tmp_path):
     table = (tmp_path / "report.md").read_text().split("## comparison\n\n")[1].split("\n\n")[0]
     rows = [[word.strip() for word in row.strip("|").split("|")] for row in table.splitlines()[2:]]
     assert rows[0] == ["PROTO+TD3", "1", "50.0", "95.0", "60.0", "40.0", "30", "0", "10"]  # the best first
-    assert rows[1][:2] == ["O2TD3", "3"] and len(rows) == 2 and (tmp_path / "comparison.png").exists()
+    assert rows[1][:2] == ["O2TD3, best", "3"] and len(rows) == 2 and (tmp_path / "comparison.png").exists()
     shutil.rmtree(tmp_path / "proto")
     report.main(report.Args(tmp_path))
     lines = (tmp_path / "runs.csv").read_text().splitlines()
@@ -175,7 +175,7 @@ def test_tasks_with_the_method_alone_stay_out_of_the_ablations(tmp_path):
     report.main(report.Args(tmp_path))
     text = (tmp_path / "report.md").read_text()
     rows = [[word.strip() for word in row.strip("|").split("|")] for row in text.splitlines() if row.startswith("| ")]
-    assert [(row[1], row[2], row[6]) for row in rows if row[0] == "O2TD3" and len(row) == 10] == [
+    assert [(row[1], row[2], row[6]) for row in rows if row[0] == "O2TD3, best" and len(row) == 10] == [
         (TASK, "2", "80.0 [80.0, 80.0]"),
         ("walker2d-medium-v2", "1", "20.0"),
         ("all 2", "2", "50.0"),  # one seed of each
