@@ -169,9 +169,10 @@ def load_run(folder):
     run |= {"lowest": min((score for _, score in summary["scores"]), default=None)}
     scores, episodes = ([row[f"online/{key}"] for row in acting] for key in ("score_acting", "episodes"))
     run |= {"acting": float(np.average(scores, weights=episodes)) if acting else None}
-    run |= {key: summary[key] for key in ("online_steps", "selection_steps")} | {
-        "minutes": summary["wall_seconds"] / 60
-    }
+    run |= {"online_steps": summary["online_steps"], "selection_steps": summary["selection_steps"]}
+    if variant == "interval":  # early runs count a comparison that decided nothing and that the scripts left out later
+        run["selection_steps"] = 0
+    run |= {"minutes": summary["wall_seconds"] / 60}
     return run | {"curve": [point for point in curve if point[2] is not None]}
 
 
@@ -532,25 +533,33 @@ def draw_curves(runs, group, path):
 
 
 def draw_tasks(runs, path):
-    """Scores online of the methods that ran on several tasks: one column a method, one row a task."""
-    methods = aggregate(runs)
-    longer = methods.pop("O2SAC, best, 8,000 steps", {})  # the same runs, continued, where they were
-    methods["O2SAC, best"] = methods.get("O2SAC, best", {}) | longer
-    found = {title: tasks for title, tasks in methods.items() if len(tasks) > 1}
+    """Scores online of the methods that ran on several tasks, locomotion if there is any: one column a method, one row
+    a task."""
+    columns = defaultdict(lambda: defaultdict(dict))  # method -> task -> {how it replaces its reference: runs}
+    for title, by_task in aggregate(runs, COMPARED).items():
+        name, _, way = title.partition(", ")
+        for task, found in by_task.items():
+            columns[name][task][way.removesuffix(", 8,000 steps")] = found  # these go on with the shorter ones
+    every = {task for by_task in columns.values() for task in by_task}
+    tasks = [task for task in TASKS if task in every] or sorted(every)
+    found = {name: by_task for name, by_task in columns.items() if sum(task in by_task for task in tasks) > 1}
     if not found:
         return
-    tasks = sorted({task for by_task in found.values() for task in by_task})
     size = {"figsize": (3.2 * len(found), 2.4 * len(tasks)), "layout": "constrained", "squeeze": False}
     drawing, axes = plt.subplots(len(tasks), len(found), **size, sharey="row", sharex="col")
     for row, task in zip(axes, tasks, strict=True):
         row[0].set_ylabel(f"{task}\nscore", fontsize=8)
         for axis, by_task in zip(row, found.values(), strict=True):
-            if task in by_task:
-                plot_band(axis, [stage_of(run, "online") for run in by_task[task]], "policy", "C0")
-                if acting := [curve for run in by_task[task] if (curve := stage_of(run, "acting"))]:
+            ways = by_task.get(task, {})
+            for way, group in ways.items():
+                curves = [stage_of(run, "online") for run in group]
+                plot_band(axis, curves, way or "policy", "C2" if way == "interval" else "C0")
+                if acting := [curve for run in group if (curve := stage_of(run, "acting"))]:
                     plot_band(axis, acting, "as it acts", "C1")
-                    axis.legend(fontsize=7)
-                axis.axhline(np.mean([run["offline"] for run in by_task[task]]), color="black", linestyle="--")
+            if ways:
+                offline = np.mean([run["offline"] for group in ways.values() for run in group])
+                axis.axhline(offline, color="black", linestyle="--")
+                axis.legend(fontsize=7)
             else:
                 axis.text(0.5, 0.5, "not run", transform=axis.transAxes, ha="center")
     for top, bottom, title in zip(axes[0], axes[-1], found, strict=True):
@@ -608,7 +617,8 @@ def draw_comparison(runs, path):
     minutes; the means of the last five evaluations."""
     drawing, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     for i, (title, found) in enumerate(compared(runs).items()):
-        style = {"color": f"C{i % 10}", "label": title}
+        own = title.startswith(("O2", "O3"))  # the project's methods stand out from those they are compared with
+        style = {"color": f"C{i % 10}", "label": title, "linewidth": 2.5 if own else 1.0}
         counted = [1 + run["selection_steps"] / run["online_steps"] for run in found]
         curves = [
             [(x * step, score) for step, score in stage_of(run, "online")]
