@@ -92,10 +92,8 @@ class Args:
     scale_rewards: bool = False  # divide by the running std of the discounted return
     alpha: float = 2.0  # size of the reference policy's advantage
     alignment_steps: int = 250_000  # environment steps in which its weight falls to 0
-    reference: Literal["interval", "best"] = (
-        "interval"  # pi_ref: renewed at intervals, or the best in evaluations so far
-    )
-    reference_every: int = 2_500  # environment steps between renewals
+    reference: Literal["best", "interval"] = "best"  # pi_ref online: the best policy so far, or renewed at intervals
+    reference_every: int = 2_500  # environment steps between renewals with --reference interval
 
     compile: bool = True  # compile each update into one graph
     bf16: bool = False  # matrix products in bf16, on CPUs and GPUs that have units for it

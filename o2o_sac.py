@@ -87,15 +87,13 @@ class Args:
     critic_layers: int = 3  # hidden layers of the critics, of width 256
     alpha: float = 0.2  # temperature in stages 1 and 2, its start in stage 3
     limit_start: float = 0.125  # nats, limit on KL(pi || pi_ref) at step 0
-    limit_end: float = 0.5  # nats, limit after limit_steps; with --reference best 2.0
+    limit_end: float = 2.0  # nats, limit after limit_steps; with --reference interval 0.5
     limit_steps: int = 100_000  # environment steps over which the limit grows; a short run sees little of it
     multiplier: float = 1.0  # lambda at the start of stage 3
     multiplier_lr: float = 5e-5  # of log lambda, one step of Adam per environment step: it changes slowly
     kappa: float = 0.7  # weight of a violated constraint in lambda's loss; a slack one weighs 1 - kappa
-    reference: Literal["interval", "best"] = (
-        "interval"  # pi_ref: renewed at intervals, or the best in evaluations so far
-    )
-    reference_every: int = 1_000  # environment steps between renewals
+    reference: Literal["best", "interval"] = "best"  # pi_ref online: the best policy so far, or renewed at intervals
+    reference_every: int = 1_000  # environment steps between renewals with --reference interval
 
     compile: bool = True  # compile each update into one graph
     bf16: bool = False  # matrix products in bf16, on CPUs and GPUs that have units for it
@@ -105,14 +103,14 @@ class Args:
 def settings(args):
     """Defaults that differ by task, mostly as in the appendix of the paper; the command line still wins."""
     expert = args.env_id.split("-v")[0].endswith("expert")  # expert and medium-expert data
-    values = {"alpha": 0.5, "limit_start": 0.005, "limit_end": 0.125 / 4} if expert else {"limit_end": Args.limit_end}
+    values = {"alpha": 0.5, "limit_start": 0.005, "limit_end": 0.125} if expert else {"limit_end": Args.limit_end}
     values |= {"reference_every": 10_000} if expert and args.env_id.startswith("hopper") else {}
     if args.env_id.startswith("antmaze"):
         values |= {"reward_scale": 10.0, "reward_bias": -5.0, "num_critics": 1, "critic_layers": 5, "warm_up": 5_000}
         values |= {"online_steps": 50_000, "eval_every": 5_000, "eval_every_updates": 25_000, "eval_episodes": 50}
         values |= {"alpha": 0.5, "multiplier": 2.0} if "umaze" not in args.env_id else {}
-    if args.reference == "best":  # pi_ref moves less, so there is more room around it
-        values["limit_end"] *= 4
+    if args.reference == "interval":  # pi_ref moves on by itself, so there is less room around it
+        values["limit_end"] /= 4
     return values
 
 

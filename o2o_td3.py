@@ -89,15 +89,13 @@ class Args:
     exploration_noise: float = 0.1  # std of the noise on executed actions
     bump: float = 1.0  # k: how fast the aligned value falls with the squared distance from the policy's action
     limit_start: float = 0.0025  # limit on (pi - pi_ref)^2 at step 0
-    limit_end: float = 0.01  # limit after limit_steps; with --reference best 0.04
+    limit_end: float = 0.04  # limit after limit_steps; with --reference interval 0.01
     limit_steps: int = 100_000  # environment steps over which the limit grows
     multiplier: float = 1.0  # lambda at the start of stage 3
     multiplier_lr: float = 5e-5  # of log lambda, one step per update of the actor
     kappa: float = 0.7  # weight of a violated constraint in lambda's loss; a slack one weighs 1 - kappa
-    reference: Literal["interval", "best"] = (
-        "interval"  # pi_ref: renewed at intervals, or the best in evaluations so far
-    )
-    reference_every: int = 1_000  # environment steps between renewals
+    reference: Literal["best", "interval"] = "best"  # pi_ref online: the best policy so far, or renewed at intervals
+    reference_every: int = 1_000  # environment steps between renewals with --reference interval
 
     compile: bool = True  # compile each update into one graph
     bf16: bool = False  # matrix products in bf16, on CPUs and GPUs that have units for it
@@ -107,14 +105,14 @@ class Args:
 def settings(args):
     """Defaults that differ by task, mostly as in the appendix of the paper; the command line still wins."""
     expert = args.env_id.split("-v")[0].endswith("expert")  # expert and medium-expert data
-    values = {"exploration_noise": 0.05, "limit_start": 2.5e-5, "limit_end": 6.25e-4 / 4}
+    values = {"exploration_noise": 0.05, "limit_start": 2.5e-5, "limit_end": 6.25e-4}
     values |= {"reference_every": 10_000} if args.env_id.startswith(("hopper", "walker2d-expert")) else {}
     values = values if expert else {"limit_end": Args.limit_end}
     if args.env_id.startswith("antmaze"):
         values |= {"reward_bias": -1.0, "warm_up": 5_000, "eval_every": 5_000, "eval_every_updates": 25_000}
         values |= {"eval_episodes": 50} | ({"multiplier": 2.0} if "umaze" not in args.env_id else {})
-    if args.reference == "best":  # pi_ref moves less, so there is more room around it
-        values["limit_end"] *= 4
+    if args.reference == "interval":  # pi_ref moves on by itself, so there is less room around it
+        values["limit_end"] /= 4
     return values
 
 

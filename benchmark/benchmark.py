@@ -36,10 +36,9 @@ OTHERS = ("walker2d-medium-v2", "halfcheetah-medium-v2", "hopper-medium-replay-v
 WALKER = {"o2o_td3": ("no-align", "interval"), "o2o_sac": ("interval",), "o2o_ppo": ("no-align", "interval")}  # too
 FAST = "--bf16"  # the published runs, except those of the default commands
 # What the published runs used, and the papers' budgets (--paper)
-BEST = "--reference best"
-SAC = f"--reevaluation-steps 100000 --alignment-steps 15000 --eval-every 500 --eval-every-updates 2500 {BEST}"
-TD3 = f"--reevaluation-steps 100000 --alignment-steps 50000 --eval-every 1000 --eval-every-updates 5000 {BEST}"
-PPO = f"--reevaluation-steps 50000 --online-steps 250000 --eval-every 2500 --eval-every-updates 5000 {BEST}"
+SAC = "--reevaluation-steps 100000 --alignment-steps 15000 --eval-every 500 --eval-every-updates 2500"
+TD3 = "--reevaluation-steps 100000 --alignment-steps 50000 --eval-every 1000 --eval-every-updates 5000"
+PPO = "--reevaluation-steps 50000 --online-steps 250000 --eval-every 2500 --eval-every-updates 5000"
 LAPO = "--online-steps 20000 --eval-every 1000 --updates-per-step 1"  # the paper: 20 updates a step
 IQL = "--online-steps 50000 --eval-every 1000"
 CAL_QL = "--offline-steps 50000 --online-steps 50000 --eval-every 1000 --cql-actions 4 --bf16"  # the paper: 10 actions
@@ -103,13 +102,13 @@ EXPERIMENTS |= {
     "off2on": {"full": f"--offline-steps 5000 --online-steps 20000 --eval-every 1000 {FAST}"},
 }
 MAZES = ("antmaze-umaze-v2", "antmaze-umaze-diverse-v2")  # one seed
-MAZE_EXPERIMENTS = {"o2o_td3": {"full": f"{FAST} {BEST}"}, "o2o_ppo": {"full": f"{FAST} {BEST}"}, "iql": {"full": FAST}}
+MAZE_EXPERIMENTS = {script: {"full": FAST} for script in ("o2o_td3", "o2o_ppo", "iql")}  # by the scripts' settings
 KITCHENS = ("kitchen-complete-v0",)  # one seed
 KITCHEN = f"--base iql --online-steps 20000 --eval-every 2000 {FAST}"
 KITCHEN_EXPERIMENTS = {"o3f": {"iql": KITCHEN, "iql-noise": f"{KITCHEN} --no-optimism"}}
 EXPERIMENTS["critics"] = {"study": f"{SAC} --eval-every-updates 1000 {FAST}"}  # benchmark/critics.py
 # One seed each, on hopper-medium-v2: the default commands as they stand, and how budget and alpha change alignment
-DEFAULTS = {"o2o_sac": "", "o2o_td3": "", "o2o_ppo": ""}
+DEFAULTS = ("o2o_sac", "o2o_td3", "o2o_ppo")
 STUDIES = {
     f"alignment-{n}": f"{SAC} --alignment-steps {n} --online-steps 4000 {FAST}"
     for n in (25_000, 50_000, 100_000, 200_000)
@@ -270,7 +269,8 @@ def all_jobs(args):
                         add(script, task, variant, seed, flags)
         if HOPPER in (args.task or (HOPPER,)) and 1 in args.seed and not args.paper:
             if script in DEFAULTS:
-                add(script, HOPPER, "default", 1, DEFAULTS[script])
+                add(script, HOPPER, "default", 1, "")
+                add(script, HOPPER, "default-interval", 1, "--reference interval")
             for variant, flags in STUDIES.items() if script == "o2o_sac" else ():
                 add(script, HOPPER, variant, 1, flags)
     return [*pretraining, *fine_tuning]
