@@ -69,13 +69,18 @@ def test_every_command_of_the_list_parses(options, tmp_path):
 
 def test_transfer_is_every_offline_policy_into_every_online_script():
     lines = run("--list", "--script", "transfer", "--seed", 1, "--pretrain").splitlines()[:-1]
-    online = [line for line in lines if line.startswith("python o2o_")]
-    assert len(online) == 15 and len(lines) == 15 + len(benchmark.SOURCES), "the diagonal is `full`"
+    online, tasks = [line for line in lines if line.startswith("python o2o_")], (benchmark.HOPPER, benchmark.OTHERS[0])
+    assert len(online) == 2 * 15 and len(lines) == 2 * (15 + len(benchmark.SOURCES)), "the diagonal is `full`"
     for line in online:
-        script, source = re.match(r"python (\w+)\.py .*/(\w+)/hopper-medium-v2/\2/1/policy.pt", line).groups()
-        assert source != benchmark.OWN[script] and f"/from-{source}/1" in line
+        script, source, task = re.match(r"python (\w+)\.py .*/(\w+)/([\w-]+)/\2/1/policy.pt", line).groups()
+        assert source != benchmark.OWN[script] and f"/{task}/from-{source}/1" in line and task in tasks
+    assert sum(f"/{task}/from-" in line for line in online for task in tasks[:1]) == 15
     shipped = [line for line in run("--list", "--script", "transfer", "--seed", 1).splitlines()[:-1]]
-    assert shipped and all(f"/{TASK}/" in line and "offline/checkpoints/" in line for line in shipped)
+    for task in tasks:
+        assert any(f"/{task}/" in line for line in shipped)
+    assert all("offline/checkpoints/" in line and any(f"/{task}/" in line for task in tasks) for line in shipped)
+    later = run("--list", "--script", "transfer", "--seed", 2).splitlines()[:-1]
+    assert later and all(f"/{benchmark.HOPPER}/" in line for line in later)  # walker2d-medium: one seed
 
 
 def test_filters():
