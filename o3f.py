@@ -12,8 +12,8 @@ standard deviations over an ensemble of critics.
     python o3f.py --base iql --no-optimism  # the baseline: the same algorithm with Gaussian noise of the same sigma
 
 Only for offline algorithms that do not push their critics down outside the data, since there the candidates nearest to
-the policy's action would win: a CQL checkpoint is refused. The optimisers start anew. Of LAPO's updates_per_step
-updates all are of the critics and the last one of everything; of IQL's each is of everything.
+the policy's action would win: a CQL checkpoint is refused. The optimisers start anew. With LAPO each environment step
+makes updates_per_step updates of the critics, and the last of them also moves the other networks; IQL's move all.
 
 The method ends with `train`. What follows are the two offline algorithms as in offline/, and plumbing.
 """

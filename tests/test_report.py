@@ -99,6 +99,14 @@ def run_folder(root, script, variant, seed, scores, status="complete", task=TASK
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def test_selection_steps_are_counted_unless_they_decided_nothing(tmp_path):
+    for variant in ("full", "interval"):
+        run_folder(tmp_path, "o2o_td3", variant, 1, [40.0, 60.0, 70.0])
+        path = tmp_path / "o2o_td3" / TASK / variant / "1/summary.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"selection_steps": 7}))
+    assert {run["variant"]: run["selection_steps"] for run in report.load(tmp_path)} == {"full": 7, "interval": 0}
+
+
 def test_tables_of_runs_made_by_hand(tmp_path):
     for seed, last in ((1, 70.0), (2, 80.0), (3, 90.0)):
         run_folder(tmp_path, "o2o_td3", "full", seed, [40.0, 60.0, last])

@@ -122,6 +122,21 @@ def test_the_floor_changes_the_gap_only_with_calibrate():
     assert gaps[True, 1e3] > 900
 
 
+def test_the_tuned_weight_stands_in_for_the_fixed_one():
+    """exp(log_weight), alone, multiplies the gap above the target: with another weight the critics move otherwise."""
+    critics = {}
+    for name, log_weight, changes in (("tuned", 1.0, {"target_gap": 0.8}), ("more", 2.0, {"target_gap": 0.8}),
+                                      ("fixed", 1.0, {"cql_alpha": math.e})):  # fmt: skip
+        nets, (pretrain, _, _), rows, noise = made(tiny("x", **changes))
+        with torch.no_grad():
+            nets["log_weight"][0].fill_(log_weight)
+        values = pretrain(rows, noise, torch.tensor([0, 1]))
+        assert values["cql_weight"].item() == pytest.approx(math.exp(log_weight), rel=1e-5)
+        critics[name] = torch.cat([x.flatten() for x in nets["critics"].parameters()])
+    torch.testing.assert_close(critics["tuned"], critics["fixed"])  # the target is a constant
+    assert not torch.allclose(critics["tuned"], critics["more"])
+
+
 def test_the_multiplier_rises_while_the_gap_is_too_wide():
     for target, sign in ((-1e3, 1), (1e3, -1)):  # -1000 is out of the flag's range: the gap is then always wider
         nets, (pretrain, _, _), rows, noise = made(tiny("x", target_gap=target))
