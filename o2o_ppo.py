@@ -96,7 +96,7 @@ class Args:
     reference_every: int = 2_500  # environment steps between renewals with --reference interval
 
     compile: bool = True  # compile each update into one graph
-    bf16: bool = False  # matrix products in bf16, on CPUs and GPUs that have units for it
+    bf16: bool = False  # matrix products in bf16, if the CPU or GPU has units for it
     num_threads: int = 1  # CPU threads: such small networks get slower, not faster, once threads exceed the free cores
 
 
@@ -967,6 +967,9 @@ def main(args: Args):
     torch.set_num_threads(args.num_threads)
     if args.cuda and not torch.cuda.is_available():
         raise UserError("--cuda was asked for but torch sees no CUDA device; leave it out to run on the CPU")
+    if args.bf16 and not args.cuda and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        print("--bf16 is left out: this CPU would be 50 times slower with it", file=sys.stderr)
+        args.bf16 = False
     path = Path(__file__).resolve().parent / "offline/checkpoints" / args.env_id / f"{SOURCE}.pt"
     shipped = sorted(file.parent.name for file in path.parents[1].glob(f"*/{path.name}"))
     if args.checkpoint is not None:

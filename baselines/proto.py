@@ -85,7 +85,7 @@ class Args:
     minimum: bool = True  # the target takes the lesser of two critics; no: one of them, drawn anew for each batch
 
     compile: bool = True  # compile the update into one graph
-    bf16: bool = False  # matrix products in bf16, on CPUs and GPUs that have units for it
+    bf16: bool = False  # matrix products in bf16, if the CPU or GPU has units for it
     num_threads: int = 1  # CPU threads: such small networks get slower, not faster, once threads exceed the free cores
 
 
@@ -932,6 +932,9 @@ def main(args: Args):
     torch.set_num_threads(args.num_threads)
     if args.cuda and not torch.cuda.is_available():
         raise UserError("--cuda was asked for but torch sees no CUDA device; leave it out to run on the CPU")
+    if args.bf16 and not args.cuda and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        print("--bf16 is left out: this CPU would be 50 times slower with it", file=sys.stderr)
+        args.bf16 = False
     if args.checkpoint is not None:
         args.checkpoint = str(Path(args.checkpoint).resolve())  # so that a resumed run finds it from anywhere
     saved = load_file(args.checkpoint) if args.checkpoint else None

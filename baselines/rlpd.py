@@ -79,7 +79,7 @@ class Args:
     entropy_bonus: bool = True  # the target counts the entropy of the next action
 
     compile: bool = True  # compile each update into one graph
-    bf16: bool = False  # matrix products in bf16, on CPUs and GPUs that have units for it
+    bf16: bool = False  # matrix products in bf16, if the CPU or GPU has units for it
     num_threads: int = 1  # CPU threads: such small networks get slower, not faster, once threads exceed the free cores
 
 
@@ -761,6 +761,9 @@ def main(args: Args):
     torch.set_num_threads(args.num_threads)
     if args.cuda and not torch.cuda.is_available():
         raise UserError("--cuda was asked for but torch sees no CUDA device; leave it out to run on the CPU")
+    if args.bf16 and not args.cuda and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        print("--bf16 is left out: this CPU would be 50 times slower with it", file=sys.stderr)
+        args.bf16 = False
     if args.min_critics > args.num_critics:
         raise UserError(f"--min-critics {args.min_critics} is more than --num-critics {args.num_critics}")
     if args.online_steps and args.warm_up >= args.online_steps:

@@ -64,6 +64,9 @@ def make_updates(args, nets, optimizers, split):
 
 def main(args: Args):
     sac.check_ranges(args)
+    if args.bf16 and not args.cuda and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        print("--bf16 is left out: this CPU would be 50 times slower with it", file=sys.stderr)
+        args.bf16 = False
     args.exp_name, device = "critics", torch.device("cuda" if args.cuda else "cpu")
     args.checkpoint = args.checkpoint or str(ROOT / "offline/checkpoints" / args.env_id / "cql.pt")
     torch.set_num_threads(args.num_threads)

@@ -83,7 +83,7 @@ class Args:
     clip_gap: float | None = None  # lower clip of the gap of a state, in units of Q; None: no clip
 
     compile: bool = True  # compile the update into one graph
-    bf16: bool = False  # matrix products in bf16, on CPUs and GPUs that have units for it
+    bf16: bool = False  # matrix products in bf16, if the CPU or GPU has units for it
     num_threads: int = 1  # CPU threads: such small networks get slower, not faster, once threads exceed the free cores
 
 
@@ -767,6 +767,9 @@ def main(args: Args):
     torch.set_num_threads(args.num_threads)
     if args.cuda and not torch.cuda.is_available():
         raise UserError("--cuda was asked for but torch sees no CUDA device; leave it out to run on the CPU")
+    if args.bf16 and not args.cuda and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        print("--bf16 is left out: this CPU would be 50 times slower with it", file=sys.stderr)
+        args.bf16 = False
     check_output(args, "cql.pt")
     run = Run(args, {"stage": "offline", "step": 0, "closing_score": None, "updates_per_second": {}})
     data, status = load_data(args, torch.device("cuda" if args.cuda else "cpu")), "failed"

@@ -78,7 +78,7 @@ class Args:
     temperature_lr: float = 1e-4  # its learning rate
 
     compile: bool = False  # compile the update into one graph: on a CPU that takes a minute and gains nothing
-    bf16: bool = False  # matrix products in bf16, on CPUs and GPUs that have units for it
+    bf16: bool = False  # matrix products in bf16, if the CPU or GPU has units for it
     num_threads: int = 1  # CPU threads: such small networks get slower, not faster, once threads exceed the free cores
 
 
@@ -736,6 +736,9 @@ def main(args: Args):
     torch.set_num_threads(args.num_threads)
     if args.cuda and not torch.cuda.is_available():
         raise UserError("--cuda was asked for but torch sees no CUDA device; leave it out to run on the CPU")
+    if args.bf16 and not args.cuda and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        print("--bf16 is left out: this CPU would be 50 times slower with it", file=sys.stderr)
+        args.bf16 = False
     if args.hidden % args.heads:
         raise UserError(f"--hidden is {args.hidden}; it has to be a multiple of --heads, {args.heads}")
     check_output(args, "dt.pt")

@@ -135,7 +135,8 @@ def test_published_runs_used_the_listed_flags():
             unused = (key == "reference_every" and listed.reference == "best") or key == "exp_name"
             unused = unused or (key == "online_steps" and "critics" in job.script)  # they never go online
             new = key not in published and value == getattr(module.Args, key)  # a flag that came later, at its default
-            if value is not None and not unused and not new:
+            slow = key == "bf16" and not published[key]  # a CPU without units for it leaves it out
+            if value is not None and not unused and not new and not slow:
                 assert published[key] == value, f"{path}: {key}"
         found += 1
     assert found >= 39

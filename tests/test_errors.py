@@ -7,15 +7,19 @@ import shutil
 import subprocess
 import sys
 
+import bc
+import behaviour
 import collect
 import cql
+import dt
 import iql
+import lapo
 import minari
 import numpy as np
 import pytest
 import td3_bc
 import torch
-from conftest import ROOT, TASK, for_scripts
+from conftest import ROOT, SMALL, TASK, for_scripts
 
 import o2o_ppo
 import o2o_sac
@@ -226,6 +230,24 @@ def test_a_damaged_resume_file_is_refused(finished, capsys, monkeypatch):
 def test_cuda_asked_for_but_missing(capsys, monkeypatch):
     for module in (o2o_sac, o2o_td3, o2o_ppo, cql):
         assert "CUDA" in refused(capsys, monkeypatch, module, "--cuda")
+
+
+@pytest.mark.parametrize("module", [behaviour, bc, cql, dt, iql, lapo, td3_bc, o2o_sac, o2o_td3, o2o_ppo, *SMALL])
+@pytest.mark.parametrize(("capability", "used"), [("AVX2", False), ("AVX512", True), ("DEFAULT", True)])
+def test_bf16_is_left_out_where_it_would_be_slow(module, capability, used, capsys, monkeypatch, tmp_path):
+    """oneDNN has no bf16 products for AVX2, and torch's own are scalar."""
+
+    def started(args, *_):
+        seen.append(args.bf16)
+        raise module.UserError("far enough")
+
+    seen = []
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(module, "Run", started)
+    options = {"output": str(tmp_path / "policy.pt")} if hasattr(module.Args, "output") else {}
+    with pytest.raises(module.UserError, match="far enough"):
+        module.main(module.Args(bf16=True, **options))
+    assert seen == [used] and ("--bf16 is left out" in capsys.readouterr().err) is not used
 
 
 def test_a_full_disk_leaves_the_previous_file_whole(monkeypatch, tmp_path):
