@@ -59,7 +59,7 @@ class Args:
     wandb_project_name: str = "o2o"  # project there
     wandb_entity: str | None = None  # team there
     dataset: str | None = None  # Minari id, local or remote; None: o2o/<env_id>, made by offline/collect.py if missing
-    checkpoint: str | None = None  # offline policy; None: offline/checkpoints/<env_id>/td3_bc.pt
+    checkpoint: str | None = None  # offline policy; None: offline/checkpoints/<env_id>/td3_bc.pt, or another there
     run_dir: str | None = None  # folder of this run; None: runs/<env_id>__<exp_name>__<seed>__<time>
     resume: str | None = None  # folder of a run that was cut off, to be continued
 
@@ -946,7 +946,9 @@ def main(args: Args):
     if args.bf16 and not args.cuda and torch.backends.cpu.get_cpu_capability() == "AVX2":
         print("--bf16 is left out: this CPU would be 50 times slower with it", file=sys.stderr)
         args.bf16 = False
-    path = Path(__file__).resolve().parent / "offline/checkpoints" / args.env_id / f"{SOURCE}.pt"
+    folder = Path(__file__).resolve().parent / "offline/checkpoints" / args.env_id
+    files = [folder / f"{name}.pt" for name in (SOURCE, "td3_bc", "bc", "iql", "iql_5")]  # others are imitated
+    path = next((file for file in files if file.exists()), files[0])
     shipped = sorted(file.parent.name for file in path.parents[1].glob(f"*/{path.name}"))
     if args.checkpoint is not None:
         path = args.checkpoint = str(Path(args.checkpoint).resolve())  # so that a resumed run finds it from anywhere

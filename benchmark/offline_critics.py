@@ -46,7 +46,9 @@ def script_with(name, folder):
 def main():
     usage = f"usage: python benchmark/offline_critics.py {{{','.join(SOURCES)}}} RUN [flags of that script]"
     if len(sys.argv) < 3 or sys.argv[1] not in SOURCES:
-        sys.exit(usage)
+        asked = {"-h", "--help"} & set(sys.argv)
+        print(usage, file=sys.stdout if asked else sys.stderr)
+        sys.exit(0 if asked else 2)
     name, folder = sys.argv[1], Path(sys.argv[2]).resolve()
     del sys.argv[1:3]
 

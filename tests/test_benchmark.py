@@ -322,6 +322,15 @@ def test_study_of_critics(checkpoint, tmp_path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "complete"
 
 
+@pytest.mark.parametrize(("words", "code"), [(["--help"], 0), ([], 2), (["o3f", "run"], 2)])
+def test_offline_critics_say_how_they_are_called(words, code, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["offline_critics.py", *words])
+    with pytest.raises(SystemExit) as stop:
+        offline_critics.main()
+    out, err = capsys.readouterr()
+    assert stop.value.code == code and (err if code else out).startswith("usage: ") and not (out if code else err)
+
+
 @pytest.mark.parametrize(("name", "source"), offline_critics.SOURCES.items())
 def test_study_of_the_offline_methods_critics(name, source, tmp_path, monkeypatch, capsys):
     """They enter the run as the offline run left them, with its statistics and without layer norm."""

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import bc
 import behaviour
@@ -107,6 +108,31 @@ def test_a_folder_that_cannot_be_written_and_a_task_without_a_policy(capsys, mon
     assert "file/run cannot be written to" in refused(capsys, monkeypatch, o2o_sac, *argv)
     error = refused(capsys, monkeypatch, o2o_sac, "--env-id", "hoper-medium-v2", "--dataset", "mine/hops-v0")
     assert "cql.py --env-id hoper-medium-v2 --dataset mine/hops-v0" in error and " hopper-medium-v2," in error
+
+
+@pytest.mark.parametrize("script", [o2o_sac, o2o_td3, o2o_ppo])
+def test_a_task_without_a_policy_of_the_scripts_own_class_starts_from_another(script, monkeypatch, tmp_path):
+    """Its own first, and a named one before all."""
+    seen = []
+
+    def loaded(args, path, run, data):
+        seen.append(Path(path).name)
+        raise script.UserError("far enough")
+
+    folder = tmp_path / "offline/checkpoints" / TASK
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(script, "__file__", str(tmp_path / "script.py"))
+    monkeypatch.setattr(script, "load_actor", loaded)
+    monkeypatch.setattr(script, "load_data", lambda *_: None)
+    own = {o2o_sac: "cql.pt", o2o_td3: "td3_bc.pt", o2o_ppo: "iql.pt"}[script]
+    with pytest.raises(script.UserError, match=f"no offline policy at .*/{own}; train one"):
+        script.main(script.Args())
+    for name in ("iql_5.pt", "bc.pt", own):
+        (folder / name).touch()
+        for options in ({}, {"checkpoint": str(folder / "iql_5.pt")}):
+            with pytest.raises(script.UserError):
+                script.main(script.Args(run_dir=str(tmp_path / "run"), **options))
+    assert seen == ["iql_5.pt", "iql_5.pt", "bc.pt", "iql_5.pt", own, "iql_5.pt"]
 
 
 def test_a_refused_run_reports_no_results(script, tiny, tmp_path, capsys, monkeypatch):
