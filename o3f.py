@@ -680,7 +680,9 @@ def load_data(args, device):
     rewards = rows[:, obs_dim + act_dim]
     rewards[:] = getattr(args, "reward_scale", 1.0) * rewards + getattr(args, "reward_bias", 0.0)
     data = Data(name, *(torch.from_numpy(x).to(device) for x in (rows, last)), obs_dim, act_dim, (low, high), source)
-    score = f"score {data.score(np.mean([e.rewards.sum() for e in episodes])):.1f}"
+    ends = [e.terminations.argmax() + 1 if e.terminations.any() else None for e in episodes]  # recordings go on
+    mean = np.mean([e.rewards[:end].sum() for e, end in zip(episodes, ends, strict=True)])
+    score = f"score {data.score(mean):.1f}"
     scale = "the return, for lack of references" if None in points else f"0 at a return of {low:.0f}, 100 at {high:.0f}"
     print(f"dataset {name}: {len(rows)} transitions, {score} ({scale}), environment {env.spec.id}", flush=True)
     return data

@@ -103,6 +103,8 @@ EXPERIMENTS |= {
 }
 MAZES = ("antmaze-umaze-v2", "antmaze-umaze-diverse-v2")  # one seed
 MAZE_EXPERIMENTS = {script: {"full": FAST} for script in ("o2o_td3", "o2o_ppo", "iql")}  # by the scripts' settings
+MAZE = f"--base iql --online-steps 25000 {FAST}"
+MAZE_EXPERIMENTS["o3f"] = {"iql": MAZE, "iql-noise": f"{MAZE} --no-optimism"}
 KITCHENS = ("kitchen-complete-v0",)  # one seed
 KITCHEN = f"--base iql --online-steps 20000 --eval-every 2000 {FAST}"
 KITCHEN_EXPERIMENTS = {"o3f": {"iql": KITCHEN, "iql-noise": f"{KITCHEN} --no-optimism"}}

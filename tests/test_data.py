@@ -57,6 +57,21 @@ def test_minari_dataset_made_on_the_spot(minari_store):
     assert data.make_env().spec.id == "Hopper-v5"
 
 
+def test_the_score_of_data_counts_a_recording_up_to_its_first_end(minari_store, capsys):
+    """AntMaze's recordings go on at the goal: a success is one point of return, however long the ant stays there."""
+    episodes = []
+    for ends in ([0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1]):
+        flags = np.array(ends, dtype=bool), np.arange(6) == 5
+        obs = np.random.default_rng(0).normal(size=(7, OBS))
+        episodes.append(
+            EpisodeBuffer(None, None, None, obs, np.zeros((6, ACT), np.float32), np.array(ends, float), *flags)
+        )
+    options = {"env": "Hopper-v5", "eval_env": "Hopper-v5", "author_email": "a@b.c"}
+    minari.create_dataset_from_buffers("mine/goals-v0", episodes, **options, ref_min_score=0.0, ref_max_score=1.0)
+    load("mine/goals-v0")
+    assert "24 transitions, score 75.0 (" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("env", "words"),
     [("Pendulum-v1", "actions in"), ("CartPole-v1", "cannot use|actions in"), (None, "names no environment")],
