@@ -510,6 +510,10 @@ def compile_update(update, args):
     """The whole update as one graph (CUDA graphs on a GPU); with --no-compile, or no compiler that works, eagerly."""
     if not args.compile:
         return update
+    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        print(f"torch {torch.__version__} does not compile gradients: it takes twice the time of 2.13", file=sys.stderr)
+        args.compile = False  # once is enough
+        return update
     torch._dynamo.config.trace_autograd_ops = True  # lets torch.autograd.grad stay inside the graph
     options = {"triton.cudagraphs": True} if args.cuda else {"cpp_wrapper": True}  # a Python wrapper costs a tenth
     chosen = torch.compile(update, fullgraph=True, options=options)

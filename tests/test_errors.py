@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import bc
 import behaviour
@@ -419,3 +420,11 @@ def test_a_copied_script_makes_its_data_with_offline_collect_and_runs_no_other_f
         with pytest.raises(copied.UserError, match="make it with offline/collect.py"):
             copied.load_data(copied.Args(env_id="nothing-v0"), torch.device("cpu"))
         assert marker.exists() == runs
+
+
+def test_a_torch_that_does_not_compile_gradients_updates_eagerly(capsys, monkeypatch):
+    """Up to 2.8, whoever copies a file into a project that has one."""
+    monkeypatch.setattr(torch._dynamo, "config", SimpleNamespace())
+    args = o2o_sac.Args()
+    assert all(o2o_sac.compile_update(update, args) is update for update in (len, max, min))
+    assert capsys.readouterr().err.count("does not compile gradients") == 1
