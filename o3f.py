@@ -59,7 +59,9 @@ class Args:
     wandb_project_name: str = "o2o"  # project there
     wandb_entity: str | None = None  # team there
     dataset: str | None = None  # Minari id, local or remote; None: o2o/<env_id>, made by offline/collect.py if missing
-    checkpoint: str | None = None  # policy and critics; None: offline/checkpoints/<env_id>/lapo.pt or iql_5.pt
+    checkpoint: str | None = (
+        None  # policy and critics; None: lapo.pt, iql_5.pt or iql.pt in offline/checkpoints/<env_id>
+    )
     run_dir: str | None = None  # folder of this run; None: runs/<env_id>__<exp_name>__<seed>__<time>
     resume: str | None = None  # folder of a run that was cut off, to be continued
 
@@ -1039,8 +1041,9 @@ def main(args: Args):
     if args.bf16 and not args.cuda and torch.backends.cpu.get_cpu_capability() == "AVX2":
         print("--bf16 is left out: this CPU would be 50 times slower with it", file=sys.stderr)
         args.bf16 = False
-    path = Path(__file__).resolve().parent / "offline/checkpoints" / args.env_id
-    path /= "lapo.pt" if args.base == "lapo" else "iql_5.pt"
+    folder = Path(__file__).resolve().parent / "offline/checkpoints" / args.env_id
+    files = [folder / name for name in (["lapo.pt"] if args.base == "lapo" else ["iql_5.pt", "iql.pt"])]
+    path = next((file for file in files if file.exists()), files[0])  # five critics, or two, which disagree less
     shipped = sorted(file.parent.name for file in path.parents[1].glob(f"*/{path.name}"))
     if args.checkpoint is not None:
         path = args.checkpoint = str(Path(args.checkpoint).resolve())  # so that a resumed run finds it from anywhere

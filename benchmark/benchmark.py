@@ -260,7 +260,8 @@ def all_jobs(args):
             own = {"antmaze": MAZE_EXPERIMENTS, "kitchen": KITCHEN_EXPERIMENTS}.get(task.split("-")[0])
             for variant, flags in (variants if own is None else own.get(script, {})).items():
                 base = base_of(script, variant)
-                ships = base is None or (ROOT / "offline/checkpoints" / task / f"{base}.pt").exists()
+                folder = ROOT / "offline/checkpoints" / task  # o3f.py takes two critics where there are no five
+                ships = base is None or any((folder / f"{b}.pt").exists() for b in (base, base.removesuffix("_5")))
                 transfer = variant.startswith("from-")
                 if (short or transfer) and not ships and not args.pretrain:
                     continue

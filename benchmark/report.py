@@ -145,7 +145,10 @@ def shipped_policy(folder):
     args = json.loads((folder / "args.json").read_text())
     source = {"o2o_sac": "cql", "o2o_td3": "td3_bc", "o2o_ppo": "iql", "iql_online": "iql", "pex": "iql"}
     source = source.get(args.get("algorithm"))
-    source = {"iql": "iql_5"}.get(args["base"], args["base"]) if "base" in args else source
+    if args.get("base") == "iql":  # o3f.py takes two critics where there are no five
+        source = "iql_5" if (ROOT / "offline/checkpoints" / args["env_id"] / "iql_5.pt").exists() else "iql"
+    elif "base" in args:
+        source = args["base"]
     if args.get("checkpoint", "") is None:  # the default one
         return source and f"{args['env_id']}/{source}.pt"
     parts = Path(args.get("checkpoint") or "").parts
