@@ -107,7 +107,12 @@ def test_the_default_list_starts_only_from_policies_that_ship():
         folder = ROOT / "offline/checkpoints" / job.task
         assert base is None or any((folder / f"{b}.pt").exists() for b in (base, base.removesuffix("_5"))), job
     everywhere = benchmark.all_jobs(benchmark.Args(pretrain=True, script=("o3f",), variant=("iql",), seed=(1,)))
-    assert {job.task for job in everywhere} == {benchmark.HOPPER, *benchmark.OTHERS, *benchmark.KITCHENS}
+    assert {job.task for job in everywhere} == {
+        benchmark.HOPPER,
+        *benchmark.OTHERS,
+        *benchmark.MAZES,
+        *benchmark.KITCHENS,
+    }
 
 
 # flags that the published runs had under other names, or whose default was filled in where it did not matter

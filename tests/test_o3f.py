@@ -430,3 +430,27 @@ def test_the_noise_of_an_update_has_the_size_of_the_checkpoints_latent_code():
     stats, act_stats = (torch.zeros(4), torch.ones(4)), (torch.zeros(3), torch.ones(3))
     nets = {"actor": o3f.LatentPolicy(stats, act_stats, 5, [8], 2.0)}  # offline/lapo.py makes codes of 2 A numbers
     assert o3f.noise_shape(o3f.Args(base="lapo", batch_size=7), nets) == (2, 7, 5)
+
+
+def test_iql_with_two_critics_serves_where_there_are_no_five(monkeypatch, tmp_path):
+    seen = []
+
+    def loaded(path, args, data):
+        seen.append(path.name)
+        raise o3f.UserError("far enough")
+
+    folder = tmp_path / "offline/checkpoints" / TASK
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(o3f, "__file__", str(tmp_path / "o3f.py"))
+    monkeypatch.setattr(o3f, "load_base", loaded)
+    monkeypatch.setattr(o3f, "load_data", lambda *_: None)
+    args = o3f.Args(base="iql", run_dir=str(tmp_path / "run"))
+    with pytest.raises(o3f.UserError, match="no offline policy at .*iql_5.pt"):
+        o3f.main(args)
+    for name in ("iql.pt", "iql_5.pt"):
+        (folder / name).touch()
+        with pytest.raises(o3f.UserError, match="far enough"):
+            o3f.main(args)
+    with pytest.raises(o3f.UserError, match="no offline policy at .*lapo.pt"):
+        o3f.main(o3f.Args(run_dir=str(tmp_path / "run")))
+    assert seen == ["iql.pt", "iql_5.pt"]
