@@ -1052,7 +1052,8 @@ def main(args: Args):
         options += f" --env-id {args.env_id}" + f" --dataset {args.dataset}" * bool(args.dataset)
         command = f"python offline/{args.base}.py{options}"
         hint = f"train one with {command}, or name a --checkpoint; {', '.join(shipped)} have one"
-        raise UserError(f"no offline policy at {path}; {hint}")
+        here = args.base == "lapo" and any(folder.glob("iql*.pt"))
+        raise UserError(f"no offline policy at {path}; {'--base iql has one; ' * here}{hint}")
     progress = {"stage": "start", "step": 0, "episode_start": 0, "online_steps": 0, "selection_steps": 0, "scores": []}
     scores = "offline_score offline_error start_score aligned_score closing_score closing_error"
     progress |= dict.fromkeys(scores.split())

@@ -445,12 +445,12 @@ def test_iql_with_two_critics_serves_where_there_are_no_five(monkeypatch, tmp_pa
     monkeypatch.setattr(o3f, "load_base", loaded)
     monkeypatch.setattr(o3f, "load_data", lambda *_: None)
     args = o3f.Args(base="iql", run_dir=str(tmp_path / "run"))
-    with pytest.raises(o3f.UserError, match="no offline policy at .*iql_5.pt"):
+    with pytest.raises(o3f.UserError, match="no offline policy at .*iql_5.pt; train one"):
         o3f.main(args)
     for name in ("iql.pt", "iql_5.pt"):
         (folder / name).touch()
         with pytest.raises(o3f.UserError, match="far enough"):
             o3f.main(args)
-    with pytest.raises(o3f.UserError, match="no offline policy at .*lapo.pt"):
+    with pytest.raises(o3f.UserError, match="no offline policy at .*lapo.pt; --base iql has one; train one"):
         o3f.main(o3f.Args(run_dir=str(tmp_path / "run")))
     assert seen == ["iql.pt", "iql_5.pt"]
