@@ -8,7 +8,7 @@ standard deviations over an ensemble of critics.
 
     python o3f.py --env-id hopper-medium-v2  # on LAPO, with one update a step
     python o3f.py --env-id hopper-medium-v2 --updates-per-step 20  # as in the paper: slow on a CPU
-    python o3f.py --env-id hopper-medium-v2 --base iql  # on IQL with five critics
+    python o3f.py --env-id hopper-medium-v2 --base iql  # on IQL with five critics; with two where no five ship
     python o3f.py --base iql --no-optimism  # the baseline: the same algorithm with Gaussian noise of the same sigma
 
 Only for offline algorithms that do not push their critics down outside the data, since there the candidates nearest to
@@ -59,9 +59,7 @@ class Args:
     wandb_project_name: str = "o2o"  # project there
     wandb_entity: str | None = None  # team there
     dataset: str | None = None  # Minari id, local or remote; None: o2o/<env_id>, made by offline/collect.py if missing
-    checkpoint: str | None = (
-        None  # policy and critics; None: lapo.pt, iql_5.pt or iql.pt in offline/checkpoints/<env_id>
-    )
+    checkpoint: str | None = None  # policy and critics; None: lapo.pt, iql_5.pt or iql.pt of the task, as shipped
     run_dir: str | None = None  # folder of this run; None: runs/<env_id>__<exp_name>__<seed>__<time>
     resume: str | None = None  # folder of a run that was cut off, to be continued
 
