@@ -326,7 +326,7 @@ class Adam:
         options |= {"beta1": 0.9, "beta2": 0.999}
         with torch.no_grad():
             if self.max_norm is not None:
-                norm = torch.stack(torch._foreach_norm(grads)).norm()
+                norm = torch.stack([grad.norm() for grad in grads]).norm()
                 grads = torch._foreach_mul(grads, (self.max_norm / (norm + 1e-6)).clamp(max=1.0))
             adam(self.params, grads, self.means, self.squares, [], self.steps, **options)
 
