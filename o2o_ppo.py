@@ -91,7 +91,7 @@ class Args:
     max_std: float = math.exp(2)  # the offline policy's std is cut to it, once
     scale_rewards: bool = False  # divide by the running std of the discounted return
     alpha: float = 2.0  # size of the reference policy's advantage
-    alignment_steps: int = 250_000  # environment steps in which its weight falls to 0
+    alignment_steps: int = 250_000  # environment steps (elsewhere: updates) in which its weight falls to 0
     reference: Literal["best", "interval"] = "best"  # pi_ref online: the best policy so far, or renewed at intervals
     reference_every: int = 2_500  # environment steps between renewals with --reference interval
 
@@ -153,16 +153,16 @@ def reference_advantage(log_prob, entropy, act_dim, alpha):
 
         A_ref(s,a) = alpha / A * h( log pi_ref(a|s) + H(pi_ref) ),   h(x) = softplus(x + 4 A) - 4 A
 
-    log_prob (B,) of pi_ref and its entropy, in nats -> (B,), in standard deviations of PPO's advantage. Its mean over
-    pi_ref's own actions is close to 0."""
+    A: the number of action dimensions. log_prob (B,) of pi_ref and its entropy, in nats -> (B,), in standard deviations
+    of PPO's advantage. Its mean over pi_ref's own actions is close to 0."""
     floor = 4 * act_dim
     return alpha / act_dim * (F.softplus(log_prob + entropy + floor) - floor)
 
 
-def combined_advantage(advantage, reference, weight):
-    """A' = (A + w std(A) A_ref) / (1 + w), sample by sample, then normalised over the iteration, which makes the
-    division one of the paper's equation alone; all of one shape."""
-    mixed = (advantage + weight * advantage.std() * reference) / (1 + weight)
+def combined_advantage(advantage, auxiliary, weight):
+    """A' = (A + w std(A) A_ref) / (1 + w), sample by sample, then normalised over the iteration, so that the paper's
+    division changes nothing; all of one shape. A is the advantage here, A_ref the `auxiliary` one."""
+    mixed = (advantage + weight * advantage.std() * auxiliary) / (1 + weight)
     return (mixed - mixed.mean()) / (mixed.std() + 1e-8)
 
 
@@ -258,7 +258,7 @@ class Rollout:
         return {"starts": list(self.starts), "actions": actions, "scaler": self.scaler and self.scaler.state_dict()}
 
     def collect(self, actor, generator, first):
-        """`rollout` environment steps with the policy's own noise, the `first` one of which has this number. -> tensors
+        """`rollout` environment steps with the policy's own noise; `first`: the number of the first. -> tensors
         (T, n, ...) of obs, action before clipping, log_prob, reward, next_obs, terminated, done. next_obs is what the
         step reached, also where an episode ended there."""
         steps, rows = self.args.rollout // len(self.envs), []
@@ -285,7 +285,7 @@ class Rollout:
 
 class RewardScaler:
     """Divides rewards by the running std of the discounted return. It starts as that of the data, in whose units V was
-    fitted; they count as so many samples that it hardly moves afterwards."""
+    fitted; the data count as so many samples that it hardly moves afterwards."""
 
     def __init__(self, gamma, num_envs):
         self.gamma, self.stats, self.total = gamma, RunningMeanStd(), np.zeros(num_envs)
@@ -344,15 +344,12 @@ def train_online(args, run, update, data, score, scaler):
         if args.reference == "interval" and step // args.reference_every > before // args.reference_every:
             reference.load_state_dict(actor.state_dict())
         if step // args.eval_every > before // args.eval_every or iteration + 1 == iterations:
-            progress["updates_per_second"]["online"] = count / max(seconds, 1e-9)
-            more = {
-                "reference_weight": weight,
-                "explained": float(1 - advantage.var() / (advantage + v).var().clamp(min=1e-8)),
-            }
-            more |= score(choose=args.align and args.reference == "best")
-            row = values | more | {"updates_per_second": count / max(seconds, 1e-9)}
-            progress["scores"].append([step, row["score"]])
-            run.log("online", step, row)
+            speed = progress["updates_per_second"]["online"] = count / max(seconds, 1e-9)
+            explained = 1 - advantage.var() / (advantage + v).var().clamp(min=1e-8)
+            logged = values | {"reference_weight": weight, "explained": explained, "updates_per_second": speed}
+            logged |= score(keep_best=args.align and args.reference == "best")
+            progress["scores"].append([step, logged["score"]])
+            run.log("online", step, logged)
             run.save(online=rollout.state())
             seconds, count = 0.0, 0
 
@@ -396,11 +393,11 @@ def train(args, run, data, actor):
         return {"v_start": v.item(), "discounted_return": obtained}
 
     if progress["stage"] == "start":
-        units = args.gamma, 0.0, args.reward_scale, args.reward_bias
-        _, discounted, _ = evaluate(mode_of(actor), envs, args.seed, device, *units)
+        units = {"gamma": args.gamma, "scale": args.reward_scale, "bias": args.reward_bias}
+        _, discounted, _ = evaluate(mode_of(actor), envs, args.seed, device, **units)
         progress["discounted_return"] = float(discounted.mean())
         progress["offline_score"], progress["offline_error"] = closing_score(args, actor, data, envs)
-        progress["start_score"] = score(choose=args.align and args.reference == "best")["score"]
+        progress["start_score"] = score(keep_best=args.align and args.reference == "best")["score"]
         print(f"offline policy: score {progress['offline_score']:.1f} +- {progress['offline_error']:.1f}", flush=True)
         run.enter("reevaluate")
     if progress["stage"] == "reevaluate":
@@ -414,7 +411,7 @@ def train(args, run, data, actor):
     save_file(checkpoint(args, data, nets, steps, progress["closing_score"]), run.dir / "model.pt")
 
 
-ALGORITHM, KIND, SOURCE = "o2o_ppo", "tanh_gaussian", "iql"  # this script, its policy class, where that comes from
+ALGORITHM, KIND, SOURCE = "o2o_ppo", "tanh_gaussian", "iql"  # this script, its policy class, who trains one
 KINDS = "squashed_gaussian deterministic tanh_gaussian latent decision_transformer"  # what bc.py imitates
 RESUMABLE = "reevaluation_steps online_steps compile num_threads track wandb_project_name wandb_entity"
 PRIVATE = "stage step episode_start reference_score discounted_return"  # of a run's progress, not in summary.json
@@ -430,7 +427,7 @@ RANGES = {
 
 
 def mlp(net, x, bf16):
-    """A network's output, with `bf16` all products in bf16 but the last: bf16 can't tell a Q of 250 from one of 251."""
+    """A network's output, with `bf16` all products in bf16 but the last: bf16 can't tell a Q of 300 from one of 301."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
         x = net[:-1](x)
     return net[-1](x.float())
@@ -535,7 +532,7 @@ def compile_update(update, args):
     options = {"triton.cudagraphs": True} if args.cuda else {"cpp_wrapper": True}  # a Python wrapper costs a tenth
     chosen = torch.compile(update, fullgraph=True, options=options)
 
-    def run(*inputs):
+    def call(*inputs):
         nonlocal chosen
         try:
             return chosen(*inputs)
@@ -545,7 +542,7 @@ def compile_update(update, args):
             chosen = update
             return update(*inputs)
 
-    return run
+    return call
 
 
 class UserError(Exception):
@@ -607,8 +604,8 @@ def load_data(args, device):
     """args.dataset, or the local o2o/<env_id>, which offline/collect.py makes if it is missing. Raises UserError if
     there is no such dataset, or if it is not flat, not finite, or of no environment here."""
     name, here = args.dataset or f"o2o/{args.env_id}", Path(__file__).resolve().parent
-    scripts = [path / "collect.py" for path in (here / "offline", here, here.parent / "offline")]
-    scripts = [path for path in scripts if path.exists() and path.parent.name == "offline"]
+    scripts = [folder / "offline/collect.py" for folder in (here, here.parent)]
+    scripts = [path for path in scripts if path.exists()]
     try:
         folder = Path(get_dataset_path(name))
         if not folder.exists() and args.dataset:
@@ -639,8 +636,8 @@ def load_data(args, device):
     except Exception as error:  # whatever the store, the network or the simulator raises
         reason = f"({' '.join(str(error).split()) or type(error).__name__})"
         raise UserError(f"cannot use the dataset {name} {reason}; `minari list local` shows what there is") from error
-    rewards = rows[:, obs_dim + act_dim]
-    rewards[:] = getattr(args, "reward_scale", 1.0) * rewards + getattr(args, "reward_bias", 0.0)
+    column, factor, bias = obs_dim + act_dim, getattr(args, "reward_scale", 1.0), getattr(args, "reward_bias", 0.0)
+    rows[:, column] = factor * rows[:, column] + bias
     data = Data(name, *(torch.from_numpy(x).to(device) for x in (rows, last)), obs_dim, act_dim, (low, high), source)
     ends = [e.terminations.argmax() + 1 if e.terminations.any() else None for e in episodes]  # recordings go on
     mean = np.mean([e.rewards[:end].sum() for e, end in zip(episodes, ends, strict=True)])
@@ -659,13 +656,15 @@ def evaluate(policy, envs, seed, device, gamma=1.0, alpha=0.0, scale=1.0, bias=0
     obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
     returns, discounted = np.zeros(len(envs)), np.zeros(len(envs))
     while len(alive):
+        # drawn for all, so that the end of one episode does not change the noise of another
         noise = torch.randn(len(envs), *envs[0].action_space.shape, generator=generator)[alive].to(device)
         actions, log_prob = policy(torch.as_tensor(obs[alive], dtype=torch.float32, device=device), noise)
         actions, bonus, over = actions.cpu().numpy(), -alpha * log_prob.cpu().numpy(), []
         for i, action, extra in zip(alive, actions, bonus, strict=True):
             obs[i], reward, terminated, truncated, _ = envs[i].step(action)
             returns[i], discounted[i] = returns[i] + reward, discounted[i] + discount * (scale * reward + bias + extra)
-            over += [i] if terminated or truncated else []
+            if terminated or truncated:
+                over.append(i)
         steps, alive, discount = steps + len(alive), np.setdiff1d(alive, over), discount * gamma
     return returns, discounted, steps
 
@@ -675,13 +674,13 @@ def mode_of(policy):
     return lambda obs, noise: (policy.mode(obs), torch.zeros(len(obs)))
 
 
-def score_actor(args, run, data, envs, choose=False):
-    """-> {"score"} of the actor's mode, from the same start states in every evaluation of a run. With `choose` the
+def score_actor(args, run, data, envs, keep_best=False):
+    """-> {"score"} of the actor's mode, from the same start states in every evaluation of a run. With `keep_best` the
     actor becomes pi_ref if it beats every pi_ref so far: interaction, so its steps are counted."""
     progress, actor = run.progress, run.nets["actor"]
     returns, _, steps = evaluate(mode_of(actor), envs, 100_000_000 + 1_000_000 * args.seed, data.rows.device)
     score = data.score(returns.mean())
-    if choose:
+    if keep_best:
         progress["selection_steps"] += steps
         if score > progress["reference_score"]:
             progress["reference_score"] = score
@@ -690,8 +689,8 @@ def score_actor(args, run, data, envs, choose=False):
 
 
 def closing_score(args, policy, data, envs, episodes=50):
-    """-> the score over `episodes` or a few more, from start states that no other evaluation sees, and the standard
-    error of that mean."""
+    """-> the score over `episodes` or a few more, from start states that only this function uses, the same before and
+    after training, and the standard error of that mean."""
     first = 200_000_000 + 1_000_000 * args.seed
     seeds = range(first, first + episodes, len(envs))
     returns = np.concatenate([evaluate(mode_of(policy), envs, seed, data.rows.device)[0] for seed in seeds])
@@ -806,7 +805,7 @@ class Run:
         self.progress, self.metrics = self.saved["progress"], self.saved["metrics"]
         try:
             for key, x in progress.items():
-                if not isinstance(self.progress[key], float | None if x is None else type(x)):
+                if not isinstance(self.progress[key], (float | None) if x is None else type(x)):
                     raise TypeError(key)
             json.dumps([self.progress, list(map(json.loads, self.metrics))])
             self.started = time.monotonic() - float(self.saved["seconds"])
@@ -829,10 +828,11 @@ class Run:
         self.lock = open(self.dir / "lock", "a")  # the operating system lets go of it when the process ends
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for kind, parts in {"nets": nets, "optimizers": optimizers}.items():
-                for key, part in parts.items() if self.begun else ():
-                    part.load_state_dict(self.saved[kind][key])
-            generator.set_state(self.saved["generator"] if self.begun else generator.get_state())
+            if self.begun:
+                for kind, parts in {"nets": nets, "optimizers": optimizers}.items():
+                    for key, part in parts.items():
+                        part.load_state_dict(self.saved[kind][key])
+                generator.set_state(self.saved["generator"])
             if not all(x.isfinite().all() for net in nets.values() for x in net.state_dict().values()):
                 raise ValueError("numbers that are not finite")
         except BlockingIOError as error:
@@ -861,7 +861,7 @@ class Run:
         not finite: resume.pt then keeps the last good state."""
         row = {f"{stage}/{key}": float(value) for key, value in values.items()}
         if bad := [key for key, value in row.items() if not math.isfinite(value)]:
-            hint = f"{self.dir}/resume.pt keeps the last good state, " * (self.dir / "resume.pt").exists()
+            hint = f"{self.dir}/resume.pt keeps the last good state, " if (self.dir / "resume.pt").exists() else ""
             raise UserError(f"{bad[0]} is not finite at step {step}; {hint}lower the learning rates or check the data")
         print(f"{stage} {step}: " + ", ".join(f"{key} {float(x):.4g}" for key, x in values.items()), flush=True)
         for key, value in row.items():
@@ -926,7 +926,7 @@ def parse_args(argv=None):
     """The settings of the task, or with --resume those of the run, are the defaults; the command line wins. A run that
     is resumed may get other budgets, but not become another method. Raises UserError."""
     argv = sys.argv[1:] if argv is None else argv
-    args = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
+    args = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])  # for --env-id and --resume
     if not args.resume:
         return tyro.cli(Args, args=argv, default=replace(Args(), **settings(args)))
     try:

@@ -87,10 +87,10 @@ class Args:
     critic_layers: int = 3  # hidden layers of the critics, of width 256
     alpha: float = 0.2  # temperature in stages 1 and 2, its start in stage 3
     limit_start: float = 0.125  # nats, limit on KL(pi || pi_ref) at step 0
-    limit_end: float = 2.0  # nats, limit after limit_steps; with --reference interval 0.5
+    limit_end: float = 2.0  # nats, limit after limit_steps; with --reference interval a quarter of it
     limit_steps: int = 100_000  # environment steps over which the limit grows; a short run sees little of it
     multiplier: float = 1.0  # lambda at the start of stage 3
-    multiplier_lr: float = 5e-5  # of log lambda, one step of Adam per environment step: it changes slowly
+    multiplier_lr: float = 5e-5  # of log lambda, a step per environment step: 4,000 change lambda by a fifth at most
     kappa: float = 0.7  # weight of a violated constraint in lambda's loss; a slack one weighs 1 - kappa
     reference: Literal["best", "interval"] = "best"  # pi_ref online: the best policy so far, or renewed at intervals
     reference_every: int = 1_000  # environment steps between renewals with --reference interval
@@ -119,13 +119,15 @@ def td_target(reward, terminated, next_q, next_log_prob, alpha, gamma, penalty=0
 
         y = r + gamma (1 - d) [ min_j Q_j(s', a') - alpha log pi(a'|s') - lambda f(s', a') ],   a' ~ pi
 
-    reward, terminated, next_log_prob (B,); next_q (n, B) return; penalty = lambda f, (B,) return. -> (B,)."""
+    reward, terminated, next_log_prob (B,); next_q (n, B) return; penalty = lambda f, (B,) return. -> (B,).
+    B: batch, n: critics; below O and A: the sizes of observation and action."""
     return reward + gamma * (1 - terminated) * (next_q.amin(0) - alpha * next_log_prob - penalty)
 
 
 def alignment_target(q_mode, log_prob_mode, q, log_prob, alpha):
     """What the value of an action may be, given the offline policy's preference. A maximum-entropy policy satisfies
-    Q(s,a) = V(s) + alpha log pi(a|s), so relative to its mode a* = tanh(mean):
+    Q(s,a) = V(s) + alpha log pi(a|s), so relative to a* = tanh(mean), called its mode here (the density of a itself is
+    highest a little nearer to the border):
 
         y(s,a) = min{ Q(s,a*) - alpha [log pi_off(a*|s) - log pi_off(a|s)],  Q(s,a) }
 
@@ -146,9 +148,9 @@ def actor_loss(log_prob, q, alpha, penalty=0.0):
 
 
 def multiplier_loss(multiplier, slack, kappa):
-    """lambda E[ |kappa - 1(u > 0)| u ], u = limit - f, element by element. Violated (u < 0, weight kappa): lambda
-    rises; slack (weight 1 - kappa): it falls. At rest the kappa-expectile of f, not its mean, is at the limit, which is
-    stricter for kappa > 1/2."""
+    """lambda E[ |kappa - 1(slack > 0)| slack ], slack = limit - f, element by element. Violated (slack < 0, weight
+    kappa): lambda rises; else (weight 1 - kappa) it falls. At rest the kappa-expectile of f, not its mean, is at the
+    limit, which is stricter for kappa > 1/2."""
     weight = (kappa - (slack > 0).float()).abs()
     return multiplier * (weight * slack).mean()
 
@@ -187,8 +189,8 @@ def make_updates(args, nets, optimizers, split):
             log_prob_mode, log_prob_off = (squashed_log_prob(mean, log_std, x) for x in (mean, u))
             q_old, q_mode = targets(both, torch.cat([action, mode])).amin(0).chunk(2)
             target = alignment_target(q_mode, log_prob_mode, q_old, log_prob_off, args.alpha)
-        q = critics(both, torch.cat([action.detach(), mode]))
-        loss = ((q - torch.cat([target, q_mode])) ** 2).sum() / len(rows)  # of both, each the mean over states
+        q, q_at_mode = critics(both, torch.cat([action.detach(), mode])).chunk(2, dim=1)
+        loss = ((q - target) ** 2 + (q_at_mode - q_mode) ** 2).mean(-1).sum()
         optimizers["critics"].minimize(loss)
         optimizers["actor"].minimize(actor_loss(log_prob, critics(obs, action), args.alpha))
         lowered, f = (q_old - target).mean(), (log_prob - log_prob_off).mean()
@@ -246,8 +248,8 @@ def train_online(args, run, update, data, score):
     """Stage 3: one environment step, then updates_per_step updates and one step of lambda. The environment receives
     exactly the action that the buffer stores."""
     progress, actor, generator = run.progress, run.nets["actor"], run.generator
-    env, obs, buffer, first = online_start(args, run, data)
-    log_multiplier, offline = run.nets["log_multiplier"][0], round(args.offline_fraction * args.batch_size)
+    env, obs, buffer, num_data = online_start(args, run, data)
+    log_multiplier, num_offline = run.nets["log_multiplier"][0], round(args.offline_fraction * args.batch_size)
     seconds, count, values = 0.0, 0, {}
     for step in tqdm(range(progress["step"] + 1, args.online_steps + 1), desc="online", unit="step", disable=None):
         with torch.no_grad():
@@ -256,15 +258,17 @@ def train_online(args, run, update, data, score):
         next_obs, reward, terminated, truncated, _ = env.step(action)
         scaled = args.reward_scale * reward + args.reward_bias
         row = np.concatenate([obs, action, [scaled], next_obs, [terminated]])  # a time limit keeps its bootstrap
-        buffer[first + step - 1], obs = data.to_tensor(row), next_obs
+        buffer[num_data + step - 1] = data.to_tensor(row)
+        obs = next_obs
         if terminated or truncated:
-            obs, progress["episode_start"] = env.reset(seed=1_000_000 * args.seed + step)[0], step
+            progress["episode_start"] = step
+            obs, _ = env.reset(seed=1_000_000 * args.seed + step)
 
         if step > args.warm_up:
             clock, count = time.monotonic(), count + args.updates_per_step
             multiplier = log_multiplier.detach().exp() * args.constrain
             for _ in range(args.updates_per_step):
-                index = draw(generator, first, first + step, offline, args.batch_size)
+                index = draw(generator, num_data, num_data + step, num_offline, args.batch_size)
                 noise = torch.randn(2, args.batch_size, data.act_dim, generator=generator, device=generator.device)
                 values, f = update(buffer[index], noise, multiplier)
             slack = limit_at(args, step) - f
@@ -276,12 +280,13 @@ def train_online(args, run, update, data, score):
         if args.reference == "interval" and step % args.reference_every == 0:
             run.nets["reference"].load_state_dict(actor.state_dict())
         if step % args.eval_every == 0 or step == args.online_steps:
-            limits = {"limit": limit_at(args, step), "multiplier": log_multiplier.exp().item() * args.constrain}
-            progress["updates_per_second"]["online"] = limits["updates_per_second"] = count / max(seconds, 1e-9)
-            row = values | limits | score(choose=args.constrain and args.reference == "best")
-            progress["scores"].append([step, row["score"]])
-            run.log("online", step, row)
-            run.save(online=buffer[first : first + step].cpu().clone())
+            speed = progress["updates_per_second"]["online"] = count / max(seconds, 1e-9)
+            logged = values | {"limit": limit_at(args, step), "updates_per_second": speed}
+            logged |= {"multiplier": log_multiplier.exp().item() * args.constrain}
+            logged |= score(keep_best=args.constrain and args.reference == "best")
+            progress["scores"].append([step, logged["score"]])
+            run.log("online", step, logged)
+            run.save(online=buffer[num_data : num_data + step].cpu().clone())
             seconds, count = 0.0, 0
 
 
@@ -289,14 +294,15 @@ def train(args, run, data, actor):
     """The method: re-evaluate, align, fine-tune. `actor` is the offline policy, and becomes the fine-tuned one."""
     progress, device = run.progress, data.rows.device
     torch.manual_seed(args.seed)
-    sizes = actor.obs_mean, actor.obs_std, data.act_dim, (256,) * args.critic_layers, args.num_critics
-    critics = Critics(*sizes, layer_norm=True, bf16=args.bf16)
+    options = {"hidden": (256,) * args.critic_layers, "n": args.num_critics, "layer_norm": True, "bf16": args.bf16}
+    critics = Critics(actor.obs_mean, actor.obs_std, data.act_dim, **options)
     nets = {
         "actor": actor,
         "offline": deepcopy(actor),  # pi_off, frozen
         "reference": deepcopy(actor),  # pi_ref
         "critics": critics,
-        "targets": deepcopy(critics),
+        "targets": deepcopy(critics),  # slow copies
+        # in lists, so that they are saved and optimised like networks
         "log_alpha": nn.ParameterList([torch.tensor(math.log(args.alpha))]),
         "log_multiplier": nn.ParameterList([torch.tensor(math.log(args.multiplier))]),
     }
@@ -304,16 +310,15 @@ def train(args, run, data, actor):
     rates = {"actor": args.policy_lr, "critics": args.critic_lr, "log_alpha": args.critic_lr}
     rates["log_multiplier"] = args.multiplier_lr
     optimizers = {name: Adam(nets[name].parameters(), rate) for name, rate in rates.items()}
-    run.restore(nets, optimizers, torch.Generator(device).manual_seed(args.seed))
+    run.restore(nets, optimizers, torch.Generator(device).manual_seed(args.seed))  # begins to write the run folder
     updates = make_updates(args, nets, optimizers, data.split)
     reevaluate, align, finetune = (compile_update(update, args) for update in updates)
     envs = [data.make_env() for _ in range(args.eval_episodes)]
     score, shape = partial(score_actor, args, run, data, envs), (args.batch_size, data.act_dim)
 
     def start_values():
-        """V of pi_off, mean over ten start states for each environment, beside what pi_off obtained in an episode of
-        each, discounted and with the entropy bonus of its actions: re-evaluation is long enough once the former stands
-        still near the latter."""
+        """V of pi_off at ten start states for each environment, beside the discounted return, entropy bonus included,
+        that it obtained in one episode of each. Stage 1 is long enough once V has settled near that return."""
         obs = data.to_tensor(np.stack([env.reset(seed=i)[0] for i, env in enumerate(10 * envs)]))
         with torch.no_grad():
             noise = torch.randn(len(obs), data.act_dim, generator=torch.Generator(device).manual_seed(0), device=device)
@@ -321,14 +326,14 @@ def train(args, run, data, actor):
             value = (nets["critics"](obs, action).amin(0) - args.alpha * log_prob).mean()
         return {"v_start": value.item(), "discounted_return": progress["discounted_return"]}
 
-    # before online training the better of pi_off and the aligned policy, unless pi_ref is renewed before its first use
-    choose = args.constrain and (args.reference == "best" or args.reference_every > args.warm_up)
+    # pi_ref starts as the better of pi_off and the aligned policy, unless it is renewed before its first use
+    keep_best = args.constrain and (args.reference == "best" or args.reference_every > args.warm_up)
     if progress["stage"] == "start":
-        units = args.gamma, args.alpha, args.reward_scale, args.reward_bias
-        _, discounted, _ = evaluate(lambda *x: actor.sample(*x)[:2], envs, args.seed, device, *units)
+        units = {"gamma": args.gamma, "alpha": args.alpha, "scale": args.reward_scale, "bias": args.reward_bias}
+        _, discounted, _ = evaluate(lambda obs, noise: actor.sample(obs, noise)[:2], envs, args.seed, device, **units)
         progress["discounted_return"] = float(discounted.mean())
         progress["offline_score"], progress["offline_error"] = closing_score(args, actor, data, envs)
-        progress["start_score"] = score(choose=choose)["score"]
+        progress["start_score"] = score(keep_best=keep_best)["score"]
         print(f"offline policy: score {progress['offline_score']:.1f} +- {progress['offline_error']:.1f}", flush=True)
         run.enter("reevaluate")
     if progress["stage"] == "reevaluate":
@@ -339,15 +344,15 @@ def train(args, run, data, actor):
     if progress["stage"] == "align":
         if args.align:
             train_offline(args, run, "align", args.alignment_steps, align, data.rows, shape, score)
-            nets["targets"].load_state_dict(nets["critics"].state_dict())
-            progress["start_score"] = progress["aligned_score"] = score(choose=choose)["score"]
+            nets["targets"].load_state_dict(nets["critics"].state_dict())  # stage 3 bootstraps from the aligned critics
+            progress["start_score"] = progress["aligned_score"] = score(keep_best=keep_best)["score"]
         run.enter("online")
     train_online(args, run, finetune, data, score)
     progress["closing_score"], progress["closing_error"] = closing_score(args, actor, data, envs)
     save_file(checkpoint(args, data, nets, args.online_steps, progress["closing_score"]), run.dir / "model.pt")
 
 
-ALGORITHM, KIND, SOURCE = "o2o_sac", "squashed_gaussian", "cql"  # this script, its policy class, where that comes from
+ALGORITHM, KIND, SOURCE = "o2o_sac", "squashed_gaussian", "cql"  # this script, its policy class, who trains one
 KINDS = "squashed_gaussian deterministic tanh_gaussian latent decision_transformer"  # what bc.py imitates
 RESUMABLE = "reevaluation_steps alignment_steps online_steps compile num_threads track wandb_project_name wandb_entity"
 PRIVATE = "stage step episode_start reference_score discounted_return"  # of a run's progress, not in summary.json
@@ -362,7 +367,7 @@ RANGES = {
 
 
 def mlp(net, x, bf16):
-    """A network's output, with `bf16` all products in bf16 but the last: bf16 can't tell a Q of 250 from one of 251."""
+    """A network's output, with `bf16` all products in bf16 but the last: bf16 can't tell a Q of 300 from one of 301."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
         x = net[:-1](x)
     return net[-1](x.float())
@@ -500,7 +505,7 @@ def compile_update(update, args):
     options = {"triton.cudagraphs": True} if args.cuda else {"cpp_wrapper": True}  # a Python wrapper costs a tenth
     chosen = torch.compile(update, fullgraph=True, options=options)
 
-    def run(*inputs):
+    def call(*inputs):
         nonlocal chosen
         try:
             return chosen(*inputs)
@@ -510,7 +515,7 @@ def compile_update(update, args):
             chosen = update
             return update(*inputs)
 
-    return run
+    return call
 
 
 class UserError(Exception):
@@ -572,8 +577,8 @@ def load_data(args, device):
     """args.dataset, or the local o2o/<env_id>, which offline/collect.py makes if it is missing. Raises UserError if
     there is no such dataset, or if it is not flat, not finite, or of no environment here."""
     name, here = args.dataset or f"o2o/{args.env_id}", Path(__file__).resolve().parent
-    scripts = [path / "collect.py" for path in (here / "offline", here, here.parent / "offline")]
-    scripts = [path for path in scripts if path.exists() and path.parent.name == "offline"]
+    scripts = [folder / "offline/collect.py" for folder in (here, here.parent)]
+    scripts = [path for path in scripts if path.exists()]
     try:
         folder = Path(get_dataset_path(name))
         if not folder.exists() and args.dataset:
@@ -604,8 +609,8 @@ def load_data(args, device):
     except Exception as error:  # whatever the store, the network or the simulator raises
         reason = f"({' '.join(str(error).split()) or type(error).__name__})"
         raise UserError(f"cannot use the dataset {name} {reason}; `minari list local` shows what there is") from error
-    rewards = rows[:, obs_dim + act_dim]
-    rewards[:] = getattr(args, "reward_scale", 1.0) * rewards + getattr(args, "reward_bias", 0.0)
+    column, factor, bias = obs_dim + act_dim, getattr(args, "reward_scale", 1.0), getattr(args, "reward_bias", 0.0)
+    rows[:, column] = factor * rows[:, column] + bias
     data = Data(name, *(torch.from_numpy(x).to(device) for x in (rows, last)), obs_dim, act_dim, (low, high), source)
     ends = [e.terminations.argmax() + 1 if e.terminations.any() else None for e in episodes]  # recordings go on
     mean = np.mean([e.rewards[:end].sum() for e, end in zip(episodes, ends, strict=True)])
@@ -627,19 +632,19 @@ def online_start(args, run, data):
     """-> the training environment and the observation it stands at, the buffer (N + online_steps, 2 O + A + 2) with
     the data in its first N rows, and N. A resumed run repeats the actions of the episode that was cut off, so that no
     state of a simulator has to be stored."""
-    start, first, env = run.progress["episode_start"], len(data.rows), data.make_env()
+    start, num_data, env = run.progress["episode_start"], len(data.rows), data.make_env()
     buffer = torch.cat([data.rows, data.rows.new_zeros(args.online_steps, data.rows.shape[1])])
     done = collected(run, data)
-    buffer[first : first + len(done)] = done
+    buffer[num_data : num_data + len(done)] = done
     obs, _ = env.reset(seed=1_000_000 * args.seed + start)
     for action in data.split(done[start:])[1].cpu().numpy():
         obs = env.step(action)[0]
-    return env, obs, buffer, first
+    return env, obs, buffer, num_data
 
 
-def draw(generator, first, last, offline, batch_size):
-    """-> indices (batch_size,): `offline` of them in [0, first), the data, the rest in [first, last), online."""
-    parts = (0, first, offline), (first, last, batch_size - offline)
+def draw(generator, num_data, end, num_offline, batch_size):
+    """-> indices (batch_size,): `num_offline` of the data, in [0, num_data), the rest of online steps, up to `end`."""
+    parts = (0, num_data, num_offline), (num_data, end, batch_size - num_offline)
     return torch.cat([torch.randint(a, b, (n,), generator=generator, device=generator.device) for a, b, n in parts])
 
 
@@ -652,13 +657,15 @@ def evaluate(policy, envs, seed, device, gamma=1.0, alpha=0.0, scale=1.0, bias=0
     obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
     returns, discounted = np.zeros(len(envs)), np.zeros(len(envs))
     while len(alive):
+        # drawn for all, so that the end of one episode does not change the noise of another
         noise = torch.randn(len(envs), *envs[0].action_space.shape, generator=generator)[alive].to(device)
         actions, log_prob = policy(torch.as_tensor(obs[alive], dtype=torch.float32, device=device), noise)
         actions, bonus, over = actions.cpu().numpy(), -alpha * log_prob.cpu().numpy(), []
         for i, action, extra in zip(alive, actions, bonus, strict=True):
             obs[i], reward, terminated, truncated, _ = envs[i].step(action)
             returns[i], discounted[i] = returns[i] + reward, discounted[i] + discount * (scale * reward + bias + extra)
-            over += [i] if terminated or truncated else []
+            if terminated or truncated:
+                over.append(i)
         steps, alive, discount = steps + len(alive), np.setdiff1d(alive, over), discount * gamma
     return returns, discounted, steps
 
@@ -668,13 +675,13 @@ def mode_of(policy):
     return lambda obs, noise: (policy.mode(obs), torch.zeros(len(obs)))
 
 
-def score_actor(args, run, data, envs, choose=False):
-    """-> {"score"} of the actor's mode, from the same start states in every evaluation of a run. With `choose` the
+def score_actor(args, run, data, envs, keep_best=False):
+    """-> {"score"} of the actor's mode, from the same start states in every evaluation of a run. With `keep_best` the
     actor becomes pi_ref if it beats every pi_ref so far: interaction, so its steps are counted."""
     progress, actor = run.progress, run.nets["actor"]
     returns, _, steps = evaluate(mode_of(actor), envs, 100_000_000 + 1_000_000 * args.seed, data.rows.device)
     score = data.score(returns.mean())
-    if choose:
+    if keep_best:
         progress["selection_steps"] += steps
         if score > progress["reference_score"]:
             progress["reference_score"] = score
@@ -683,8 +690,8 @@ def score_actor(args, run, data, envs, choose=False):
 
 
 def closing_score(args, policy, data, envs, episodes=50):
-    """-> the score over `episodes` or a few more, from start states that no other evaluation sees, and the standard
-    error of that mean."""
+    """-> the score over `episodes` or a few more, from start states that only this function uses, the same before and
+    after training, and the standard error of that mean."""
     first = 200_000_000 + 1_000_000 * args.seed
     seeds = range(first, first + episodes, len(envs))
     returns = np.concatenate([evaluate(mode_of(policy), envs, seed, data.rows.device)[0] for seed in seeds])
@@ -799,7 +806,7 @@ class Run:
         self.progress, self.metrics = self.saved["progress"], self.saved["metrics"]
         try:
             for key, x in progress.items():
-                if not isinstance(self.progress[key], float | None if x is None else type(x)):
+                if not isinstance(self.progress[key], (float | None) if x is None else type(x)):
                     raise TypeError(key)
             json.dumps([self.progress, list(map(json.loads, self.metrics))])
             self.started = time.monotonic() - float(self.saved["seconds"])
@@ -822,10 +829,11 @@ class Run:
         self.lock = open(self.dir / "lock", "a")  # the operating system lets go of it when the process ends
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for kind, parts in {"nets": nets, "optimizers": optimizers}.items():
-                for key, part in parts.items() if self.begun else ():
-                    part.load_state_dict(self.saved[kind][key])
-            generator.set_state(self.saved["generator"] if self.begun else generator.get_state())
+            if self.begun:
+                for kind, parts in {"nets": nets, "optimizers": optimizers}.items():
+                    for key, part in parts.items():
+                        part.load_state_dict(self.saved[kind][key])
+                generator.set_state(self.saved["generator"])
             if not all(x.isfinite().all() for net in nets.values() for x in net.state_dict().values()):
                 raise ValueError("numbers that are not finite")
         except BlockingIOError as error:
@@ -854,7 +862,7 @@ class Run:
         not finite: resume.pt then keeps the last good state."""
         row = {f"{stage}/{key}": float(value) for key, value in values.items()}
         if bad := [key for key, value in row.items() if not math.isfinite(value)]:
-            hint = f"{self.dir}/resume.pt keeps the last good state, " * (self.dir / "resume.pt").exists()
+            hint = f"{self.dir}/resume.pt keeps the last good state, " if (self.dir / "resume.pt").exists() else ""
             raise UserError(f"{bad[0]} is not finite at step {step}; {hint}lower the learning rates or check the data")
         print(f"{stage} {step}: " + ", ".join(f"{key} {float(x):.4g}" for key, x in values.items()), flush=True)
         for key, value in row.items():
@@ -919,7 +927,7 @@ def parse_args(argv=None):
     """The settings of the task, or with --resume those of the run, are the defaults; the command line wins. A run that
     is resumed may get other budgets, but not become another method. Raises UserError."""
     argv = sys.argv[1:] if argv is None else argv
-    args = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
+    args = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])  # for --env-id and --resume
     if not args.resume:
         return tyro.cli(Args, args=argv, default=replace(Args(), **settings(args)))
     try:

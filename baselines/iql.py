@@ -158,7 +158,7 @@ def train_online(args, run, update, data, expectile, score):
     """One environment step with an action drawn from the policy, then updates_per_step updates on the whole buffer. The
     environment receives exactly the action that the buffer stores."""
     progress, actor, generator = run.progress, run.nets["actor"], run.generator
-    env, obs, buffer, first = online_start(args, run, data)
+    env, obs, buffer, num_data = online_start(args, run, data)
     rate, seconds, count, values = torch.ones((), device=buffer.device), 0.0, 0, {}
     layers = [layer.out_features for layer in actor.net[:-1:2]]
     shape = len(layers), args.batch_size, max(layers)  # of --dropout's noise
@@ -170,7 +170,7 @@ def train_online(args, run, update, data, expectile, score):
         next_obs, reward, terminated, truncated, _ = env.step(action)
         scaled = run.scale * (args.reward_scale * reward + args.reward_bias)
         row = np.concatenate([obs, action, [scaled], next_obs, [terminated]])  # a time limit keeps its bootstrap
-        buffer[first + step - 1], obs = data.to_tensor(row), next_obs
+        buffer[num_data + step - 1], obs = data.to_tensor(row), next_obs
         if terminated or truncated:
             obs, progress["episode_start"] = env.reset(seed=1_000_000 * args.seed + step)[0], step
 
@@ -178,7 +178,7 @@ def train_online(args, run, update, data, expectile, score):
             clock, count = time.monotonic(), count + args.updates_per_step
             expectile.fill_(scheduled(args.schedule, args.expectile, 0.85, step / args.online_steps))
             for _ in range(args.updates_per_step):
-                index = torch.randint(first + step, (args.batch_size,), generator=generator, device=generator.device)
+                index = torch.randint(num_data + step, (args.batch_size,), generator=generator, device=generator.device)
                 noise = torch.randn(shape, generator=generator, device=generator.device) if args.dropout else None
                 values = update(buffer[index], noise, rate)
             if args.cuda:
@@ -190,7 +190,7 @@ def train_online(args, run, update, data, expectile, score):
             row = values | {"updates_per_second": progress["updates_per_second"]["online"]} | score()
             progress["scores"].append([step, row["score"]])
             run.log("online", step, row)
-            run.save(online=buffer[first : first + step].cpu().clone())
+            run.save(online=buffer[num_data : num_data + step].cpu().clone())
             seconds, count = 0.0, 0
 
 
@@ -217,7 +217,7 @@ def train(args, run, data, nets, saved):
     save_file(iql_checkpoint(args, data, nets, saved, progress["closing_score"]), run.dir / "model.pt")
 
 
-ALGORITHM, KIND, SOURCE = "iql_online", "tanh_gaussian", "iql"  # this script, its policy class, where that comes from
+ALGORITHM, KIND, SOURCE = "iql_online", "tanh_gaussian", "iql"  # this script, its policy class, who trains one
 RESUMABLE = "online_steps compile num_threads track wandb_project_name wandb_entity"
 PRIVATE = "stage step episode_start"  # of a run's progress, not in summary.json
 RANGES = {
@@ -232,7 +232,7 @@ RANGES = {
 
 
 def mlp(net, x, bf16):
-    """A network's output, with `bf16` all products in bf16 but the last: bf16 can't tell a Q of 250 from one of 251."""
+    """A network's output, with `bf16` all products in bf16 but the last: bf16 can't tell a Q of 300 from one of 301."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
         x = net[:-1](x)
     return net[-1](x.float())
@@ -379,7 +379,7 @@ def compile_update(update, args):
     options = {"triton.cudagraphs": True} if args.cuda else {"cpp_wrapper": True}  # a Python wrapper costs a tenth
     chosen = torch.compile(update, fullgraph=True, options=options)
 
-    def run(*inputs):
+    def call(*inputs):
         nonlocal chosen
         try:
             return chosen(*inputs)
@@ -389,7 +389,7 @@ def compile_update(update, args):
             chosen = update
             return update(*inputs)
 
-    return run
+    return call
 
 
 class UserError(Exception):
@@ -451,8 +451,8 @@ def load_data(args, device):
     """args.dataset, or the local o2o/<env_id>, which offline/collect.py makes if it is missing. Raises UserError if
     there is no such dataset, or if it is not flat, not finite, or of no environment here."""
     name, here = args.dataset or f"o2o/{args.env_id}", Path(__file__).resolve().parent
-    scripts = [path / "collect.py" for path in (here / "offline", here, here.parent / "offline")]
-    scripts = [path for path in scripts if path.exists() and path.parent.name == "offline"]
+    scripts = [folder / "offline/collect.py" for folder in (here, here.parent)]
+    scripts = [path for path in scripts if path.exists()]
     try:
         folder = Path(get_dataset_path(name))
         if not folder.exists() and args.dataset:
@@ -483,8 +483,8 @@ def load_data(args, device):
     except Exception as error:  # whatever the store, the network or the simulator raises
         reason = f"({' '.join(str(error).split()) or type(error).__name__})"
         raise UserError(f"cannot use the dataset {name} {reason}; `minari list local` shows what there is") from error
-    rewards = rows[:, obs_dim + act_dim]
-    rewards[:] = getattr(args, "reward_scale", 1.0) * rewards + getattr(args, "reward_bias", 0.0)
+    column, factor, bias = obs_dim + act_dim, getattr(args, "reward_scale", 1.0), getattr(args, "reward_bias", 0.0)
+    rows[:, column] = factor * rows[:, column] + bias
     data = Data(name, *(torch.from_numpy(x).to(device) for x in (rows, last)), obs_dim, act_dim, (low, high), source)
     ends = [e.terminations.argmax() + 1 if e.terminations.any() else None for e in episodes]  # recordings go on
     mean = np.mean([e.rewards[:end].sum() for e, end in zip(episodes, ends, strict=True)])
@@ -506,14 +506,14 @@ def online_start(args, run, data):
     """-> the training environment and the observation it stands at, the buffer (N + online_steps, 2 O + A + 2) with
     the data in its first N rows, and N. A resumed run repeats the actions of the episode that was cut off, so that no
     state of a simulator has to be stored."""
-    start, first, env = run.progress["episode_start"], len(data.rows), data.make_env()
+    start, num_data, env = run.progress["episode_start"], len(data.rows), data.make_env()
     buffer = torch.cat([data.rows, data.rows.new_zeros(args.online_steps, data.rows.shape[1])])
     done = collected(run, data)
-    buffer[first : first + len(done)] = done
+    buffer[num_data : num_data + len(done)] = done
     obs, _ = env.reset(seed=1_000_000 * args.seed + start)
     for action in data.split(done[start:])[1].cpu().numpy():
         obs = env.step(action)[0]
-    return env, obs, buffer, first
+    return env, obs, buffer, num_data
 
 
 @torch.no_grad()
@@ -525,13 +525,15 @@ def evaluate(policy, envs, seed, device, gamma=1.0, alpha=0.0, scale=1.0, bias=0
     obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
     returns, discounted = np.zeros(len(envs)), np.zeros(len(envs))
     while len(alive):
+        # drawn for all, so that the end of one episode does not change the noise of another
         noise = torch.randn(len(envs), *envs[0].action_space.shape, generator=generator)[alive].to(device)
         actions, log_prob = policy(torch.as_tensor(obs[alive], dtype=torch.float32, device=device), noise)
         actions, bonus, over = actions.cpu().numpy(), -alpha * log_prob.cpu().numpy(), []
         for i, action, extra in zip(alive, actions, bonus, strict=True):
             obs[i], reward, terminated, truncated, _ = envs[i].step(action)
             returns[i], discounted[i] = returns[i] + reward, discounted[i] + discount * (scale * reward + bias + extra)
-            over += [i] if terminated or truncated else []
+            if terminated or truncated:
+                over.append(i)
         steps, alive, discount = steps + len(alive), np.setdiff1d(alive, over), discount * gamma
     return returns, discounted, steps
 
@@ -548,8 +550,8 @@ def score_policy(args, run, data, envs):
 
 
 def closing_score(args, policy, data, envs, episodes=50):
-    """-> the score over `episodes` or a few more, from start states that no other evaluation sees, and the standard
-    error of that mean."""
+    """-> the score over `episodes` or a few more, from start states that only this function uses, the same before and
+    after training, and the standard error of that mean."""
     first = 200_000_000 + 1_000_000 * args.seed
     seeds = range(first, first + episodes, len(envs))
     returns = np.concatenate([evaluate(mode_of(policy), envs, seed, data.rows.device)[0] for seed in seeds])
@@ -648,7 +650,7 @@ class Run:
         self.progress, self.metrics = self.saved["progress"], self.saved["metrics"]
         try:
             for key, x in progress.items():
-                if not isinstance(self.progress[key], float | None if x is None else type(x)):
+                if not isinstance(self.progress[key], (float | None) if x is None else type(x)):
                     raise TypeError(key)
             json.dumps([self.progress, list(map(json.loads, self.metrics))])
             self.started = time.monotonic() - float(self.saved["seconds"])
@@ -671,10 +673,11 @@ class Run:
         self.lock = open(self.dir / "lock", "a")  # the operating system lets go of it when the process ends
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for kind, parts in {"nets": nets, "optimizers": optimizers}.items():
-                for key, part in parts.items() if self.begun else ():
-                    part.load_state_dict(self.saved[kind][key])
-            generator.set_state(self.saved["generator"] if self.begun else generator.get_state())
+            if self.begun:
+                for kind, parts in {"nets": nets, "optimizers": optimizers}.items():
+                    for key, part in parts.items():
+                        part.load_state_dict(self.saved[kind][key])
+                generator.set_state(self.saved["generator"])
             if not all(x.isfinite().all() for net in nets.values() for x in net.state_dict().values()):
                 raise ValueError("numbers that are not finite")
         except BlockingIOError as error:
@@ -703,7 +706,7 @@ class Run:
         not finite: resume.pt then keeps the last good state."""
         row = {f"{stage}/{key}": float(value) for key, value in values.items()}
         if bad := [key for key, value in row.items() if not math.isfinite(value)]:
-            hint = f"{self.dir}/resume.pt keeps the last good state, " * (self.dir / "resume.pt").exists()
+            hint = f"{self.dir}/resume.pt keeps the last good state, " if (self.dir / "resume.pt").exists() else ""
             raise UserError(f"{bad[0]} is not finite at step {step}; {hint}lower the learning rates or check the data")
         print(f"{stage} {step}: " + ", ".join(f"{key} {float(x):.4g}" for key, x in values.items()), flush=True)
         for key, value in row.items():
@@ -768,7 +771,7 @@ def parse_args(argv=None):
     """The settings of the task, or with --resume those of the run, are the defaults; the command line wins. A run that
     is resumed may get other budgets, but not become another method. Raises UserError."""
     argv = sys.argv[1:] if argv is None else argv
-    args = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
+    args = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])  # for --env-id and --resume
     if not args.resume:
         return tyro.cli(Args, args=argv, default=replace(Args(), **settings(args)))
     try:

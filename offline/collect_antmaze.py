@@ -321,7 +321,7 @@ def own_store(root):
 
 
 def mlp(net, x, bf16):
-    """A network's output, with `bf16` all products in bf16 but the last: bf16 can't tell a Q of 250 from one of 251."""
+    """A network's output, with `bf16` all products in bf16 but the last: bf16 can't tell a Q of 300 from one of 301."""
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
         x = net[:-1](x)
     return net[-1](x.float())

@@ -275,8 +275,8 @@ def load_data(args, device):
     """args.dataset, or the local o2o/<env_id>, which offline/collect.py makes if it is missing. Raises UserError if
     there is no such dataset, or if it is not flat, not finite, or of no environment here."""
     name, here = args.dataset or f"o2o/{args.env_id}", Path(__file__).resolve().parent
-    scripts = [path / "collect.py" for path in (here / "offline", here, here.parent / "offline")]
-    scripts = [path for path in scripts if path.exists() and path.parent.name == "offline"]
+    scripts = [folder / "offline/collect.py" for folder in (here, here.parent)]
+    scripts = [path for path in scripts if path.exists()]
     try:
         folder = Path(get_dataset_path(name))
         if not folder.exists() and args.dataset:
@@ -307,8 +307,8 @@ def load_data(args, device):
     except Exception as error:  # whatever the store, the network or the simulator raises
         reason = f"({' '.join(str(error).split()) or type(error).__name__})"
         raise UserError(f"cannot use the dataset {name} {reason}; `minari list local` shows what there is") from error
-    rewards = rows[:, obs_dim + act_dim]
-    rewards[:] = getattr(args, "reward_scale", 1.0) * rewards + getattr(args, "reward_bias", 0.0)
+    column, factor, bias = obs_dim + act_dim, getattr(args, "reward_scale", 1.0), getattr(args, "reward_bias", 0.0)
+    rows[:, column] = factor * rows[:, column] + bias
     data = Data(name, *(torch.from_numpy(x).to(device) for x in (rows, last)), obs_dim, act_dim, (low, high), source)
     ends = [e.terminations.argmax() + 1 if e.terminations.any() else None for e in episodes]  # recordings go on
     mean = np.mean([e.rewards[:end].sum() for e, end in zip(episodes, ends, strict=True)])
@@ -327,13 +327,15 @@ def evaluate(policy, envs, seed, device, gamma=1.0, alpha=0.0, scale=1.0, bias=0
     obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
     returns, discounted = np.zeros(len(envs)), np.zeros(len(envs))
     while len(alive):
+        # drawn for all, so that the end of one episode does not change the noise of another
         noise = torch.randn(len(envs), *envs[0].action_space.shape, generator=generator)[alive].to(device)
         actions, log_prob = policy(torch.as_tensor(obs[alive], dtype=torch.float32, device=device), noise)
         actions, bonus, over = actions.cpu().numpy(), -alpha * log_prob.cpu().numpy(), []
         for i, action, extra in zip(alive, actions, bonus, strict=True):
             obs[i], reward, terminated, truncated, _ = envs[i].step(action)
             returns[i], discounted[i] = returns[i] + reward, discounted[i] + discount * (scale * reward + bias + extra)
-            over += [i] if terminated or truncated else []
+            if terminated or truncated:
+                over.append(i)
         steps, alive, discount = steps + len(alive), np.setdiff1d(alive, over), discount * gamma
     return returns, discounted, steps
 
