@@ -4,10 +4,11 @@ The policy imitates the buffer's actions, each weighted by exp(advantage / lambd
 itself, by the actions that it draws. So the policy stays near the buffer, and the buffer moves with the policy.
 
     python baselines/awac.py --env-id hopper-medium-v2  # pre-trains on the data, then goes on online
-    python baselines/awac.py --checkpoint RUN_DIR/offline.pt --seed 2  # the same start, without pre-training again
+    python baselines/awac.py --checkpoint RUN_DIR/offline.pt --seed 2  # from there, not pre-trained anew
 
-The update is the same in both stages. One buffer holds all data and what is collected, and is sampled uniformly; one
-update per environment step. As in CORL, locomotion rewards are scaled so that the data's returns span 1000, actor and
+The update is the same in both stages, and one run carries Adam's averages and the slow critics from one to the other (a
+checkpoint does not). One buffer holds all data and what is collected, and is sampled uniformly; one update per
+environment step. As in CORL, locomotion rewards are scaled so that the data's returns span 1000, actor and
 critics have three hidden layers, the policy is a Gaussian with a state-independent std and a mean that is not squashed.
 
 The method ends with `train`. What follows is plumbing (networks, data, run folder), the same in every script but for

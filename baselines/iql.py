@@ -9,7 +9,8 @@ nothing makes it explore beyond the noise of its own policy either.
 
 Starts from a checkpoint of offline/iql.py, critics and V included. One buffer holds all data and what is collected, and
 is sampled uniformly; one update per environment step. As in the authors' code the policy's learning rate does not decay
-online (CORL's goes on along the cosine: it is 0 at the switch and climbs back).
+online. Theirs does not offline either, when they fine-tune; the checkpoint's fell to 0, so here it jumps back (CORL's
+climbs back along the cosine), and Adam and the slow critics begin anew.
 
 The method ends with `train`. What follows is plumbing (networks, data, run folder), the same in every script but for
 the policy's class.

@@ -1,7 +1,7 @@
 """PROTO: iterative policy regularisation (Li et al. 2023, arXiv 2305.15669), on top of extreme Q-learning.
 
 Online the policy is held near a reference that trails it, a Polyak average of the policy itself: the constraint follows
-the policy, at a fixed rate, and its weight fades.
+the policy, at a fixed rate, and its weight fades (over a million steps: hardly in a short run).
 
     python baselines/proto.py --env-id hopper-medium-v2  # pre-trains on the data, then goes on online
     python baselines/proto.py --td3  # PROTO+TD3: a deterministic policy online
