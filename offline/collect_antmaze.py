@@ -10,11 +10,12 @@ D4RL's protocol (Fu et al. 2020, arXiv 2004.07219) on Gymnasium-Robotics' AntMaz
   *-play                         from any free cell to one of a few hand-picked cells
 
 The ant walks in a straight line to a jittered point of the next cell on the shortest way, with noise of 0.2 on its
-actions. When it has reached its goal it roams in that cell for a second, then a new trajectory begins; so does one a
-second after it has fallen on its back, for it cannot get up (D4RL goes on to the time limit). Afterwards rewards and
-ends are relabelled for the goal of the evaluation, which, as there, lies anywhere in the middle of the goal cell:
-reward 1 and the end of the episode where the ant is within 0.45 m of it. So a score is the share of successes, in per
-cent. The names are D4RL's, the files are not: scores on these data are not comparable with D4RL's tables.
+actions. When it has reached its goal it roams in that cell for a second, then a new trajectory begins. An ant that has
+fallen on its back cannot get up: it lies there to the time limit, or the data would not say what a fall costs.
+Afterwards rewards and ends are relabelled for the goal of the evaluation, which, as there, lies anywhere in the middle
+of the goal cell: reward 1 and the end of the episode where the ant is within 0.45 m of it. So a score is the share of
+successes, in per cent. The names are D4RL's, the files are not: scores on these data are not comparable with D4RL's
+tables.
 
 The policy's observation is flat: position in the maze (2), then the ant's 27 numbers; it does not contain the goal.
 """
@@ -173,10 +174,8 @@ class Walk:
         obs, _, _, truncated, _ = self.env.step(action)
         self.observations.append(obs.copy())
         self.steps.append(action)
-        there, on_its_back = np.linalg.norm(obs[:2] - self.target) <= RADIUS, obs[4] ** 2 + obs[5] ** 2 > 0.5
-        if there:
+        if np.linalg.norm(obs[:2] - self.target) <= RADIUS:
             self.reached, self.target = True, self.draw_goal(self.goal)
-        if there or on_its_back:  # it cannot get up again
             self.left = ROAM if self.left is None else self.left
         self.left = None if self.left is None else self.left - 1
         return truncated or self.left == 0

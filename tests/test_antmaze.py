@@ -3,6 +3,7 @@
 import collect
 import collect_antmaze as antmaze
 import cql
+import fallen_ant
 import gymnasium as gym
 import iql
 import numpy as np
@@ -92,6 +93,21 @@ def test_the_directional_ant_is_paid_for_its_speed_and_repeats_itself():
 def test_the_ant_reaches_the_goal():
     actor, _ = antmaze.load_ant(antmaze.Path(antmaze.__file__).parent / "checkpoints/behaviour/ant.pt")
     assert antmaze.evaluate_ant(actor, "umaze", 1, episodes=20) >= 0.7
+
+
+def test_an_ant_on_its_back_is_recorded_to_the_time_limit():
+    walk, rng, over = antmaze.Walk("umaze", "", 1), np.random.default_rng(0), False
+    walk.begin()
+    while not over:
+        action = rng.choice([-1.0, 1.0], 8) if len(walk.steps) % 3 == 0 else walk.steps[-1]
+        over = walk.step(action)
+    backs = [obs[4] ** 2 + obs[5] ** 2 > 0.5 for obs in walk.observations]
+    assert len(walk.steps) == 700 and sum(backs) > 300 and not walk.reached
+
+
+def test_the_shipped_critic_knows_what_a_fall_costs():
+    for fallen, upright in fallen_ant.main(fallen_ant.Args(episodes=3)).values():
+        assert fallen < upright - 5
 
 
 def test_rewards_and_ends_are_those_of_the_evaluations_goal():
