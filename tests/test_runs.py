@@ -181,7 +181,7 @@ def scripted(scores):
     """An evaluate that reports these scores of the modes in turn, and as many as asked for at the end."""
     left = list(scores)
 
-    def evaluate(policy, envs, seed, device, gamma=1.0, *units):
+    def evaluate(policy, envs, seed, device, gamma=1.0, **units):
         score = 0.0 if gamma < 1 or seed >= 200_000_000 else left.pop(0)
         return np.full(len(envs), 3234.3 * score), np.zeros(len(envs)), 1
 
@@ -505,9 +505,9 @@ def test_the_rate_of_updates_counts_no_evaluation(name, checkpoints, tmp_path, m
     module = sys.modules[name]
     real, now, late = module.evaluate, time.monotonic, []
 
-    def takes_an_hour(*rest):
+    def takes_an_hour(*rest, **units):
         late.append(3600.0)
-        return real(*rest)
+        return real(*rest, **units)
 
     monkeypatch.setattr(module, "evaluate", takes_an_hour)
     monkeypatch.setattr(time, "monotonic", lambda: now() + sum(late))
