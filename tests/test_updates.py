@@ -609,6 +609,25 @@ def test_compiled_equals_eager(name):
         assert (compiled[key] - moved).norm() <= 1e-3 * moved.norm(), key
 
 
+def test_the_alignment_fits_both_the_sampled_action_and_the_mode():
+    """O2SAC: the sum over critics of both squared errors, each the mean over states. Neither may be left out."""
+    nets, (rows, noise) = small_nets(), batch(0)
+    for parameter in nets["targets"].parameters():
+        parameter.data += 0.1
+    obs = splitter()(rows)[0]
+    with torch.no_grad():
+        mean, log_std = nets["offline"](obs)
+        u = mean + log_std.exp() * noise[0]
+        action, mode = torch.tanh(u), torch.tanh(mean)
+        gap = o2o_sac.squashed_log_prob(mean, log_std, mean) - o2o_sac.squashed_log_prob(mean, log_std, u)
+        anchor = nets["targets"](obs, mode).min(0).values
+        target = torch.minimum(anchor - 0.2 * gap, nets["targets"](obs, action).min(0).values)
+        errors = [(nets["critics"](obs, a) - y) ** 2 for a, y in ((action, target), (mode, anchor))]
+    assert all(error.mean() > 1e-4 for error in errors)
+    expected = sum(critic.mean() for error in errors for critic in error)
+    assert sac_updates(nets)[1](rows, noise)["critic_loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_the_penalty_enters_the_bellman_target():
     """One update from the same state, with and without lambda, and a policy far from its reference."""
     moved = {}
