@@ -97,7 +97,8 @@ def settings(args):
     values = {"online_steps": 50_000} if args.base == "iql" else {}
     values |= {"sigma": 0.05} if args.env_id.startswith("kitchen") else {}
     if args.env_id.startswith("antmaze"):
-        values |= {"reward_bias": -1.0 * (args.base == "iql"), "sigma": 0.05, "eval_every": 5_000, "eval_episodes": 50}
+        values |= {"sigma": 0.05, "eval_every": 5_000, "eval_episodes": 50}
+        values |= {"reward_bias": -1.0} if args.base == "iql" else {}
     return values
 
 
@@ -128,7 +129,8 @@ def make_act(args, nets):
 
 
 def make_updates(args, nets, value_range, split):
-    """-> the optimisers, and update(rows, noise, pair, whole) of the offline algorithm, unchanged."""
+    """-> the optimisers, and update(rows, noise, pair, whole) of the offline algorithm, unchanged. For LAPO: `pair`,
+    which two critics V is of; `whole`, whether the other networks move too. IQL's networks all move every time."""
     if args.base == "lapo":
         optimizers = lapo_optimizers(args, nets)
         return optimizers, make_lapo_update(args, nets, optimizers, value_range, split)
