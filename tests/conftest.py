@@ -1,4 +1,5 @@
 import os
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -161,3 +162,17 @@ def tiny(script, checkpoints, tmp_path):
     """tiny_args of the script, in tmp_path/run; keyword arguments change them."""
     settings = {"checkpoint": checkpoints[script], "run_dir": tmp_path / "run"}
     return lambda **changes: tiny_args(script, **(settings | changes))
+
+
+@pytest.fixture
+def imitations(monkeypatch):
+    """The commands by which online scripts call offline/bc.py, which runs in this process, for a few updates."""
+    calls, flags = [], ["--updates", "4", "--eval-every-updates", "2", "--eval-episodes", "1", "--no-compile"]
+
+    def in_process(command):
+        calls.append(command)
+        bc.main(bc.parse_args([*map(str, command[2:]), *flags]))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", in_process)
+    return calls

@@ -4,7 +4,6 @@ checkpoints: offline/bc.py, tools/enjoy.py, the online scripts."""
 import json
 import math
 import random
-import subprocess
 from copy import deepcopy
 from functools import partial
 
@@ -385,15 +384,8 @@ def test_enjoy_scores_and_films_a_transformer(whole, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("script", [o2o_sac, o2o_td3, o2o_ppo], ids=lambda module: module.__name__)
-def test_an_online_script_starts_from_a_transformer_and_finishes(script, whole, tmp_path, monkeypatch):
+def test_an_online_script_starts_from_a_transformer_and_finishes(script, whole, tmp_path, monkeypatch, imitations):
     monkeypatch.setattr(bc, "closing_score", partial(bc.closing_score, episodes=1))
-
-    def in_process(command):
-        flags = ["--updates", "4", "--eval-every-updates", "2", "--eval-episodes", "1", "--no-compile"]
-        bc.main(bc.parse_args([*map(str, command[2:]), *flags]))
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(script.subprocess, "run", in_process)
     summary = script.main(tiny_args(script, whole[0] / "dt.pt", tmp_path / "run"))
     assert summary["status"] == "complete" and summary["scores"]
     copy = script.load_file(tmp_path / "run/imitated.pt")

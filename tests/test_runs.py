@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 import td3_bc
 import torch
 from conftest import ROOT, for_scripts, tiny_args, tiny_policy
+from torch import nn
 
 import o2o_ppo
 import o2o_sac
@@ -286,23 +288,29 @@ def test_evaluate_by_hand():
     assert soft.mean() == pytest.approx((1 + 0.3) + 0.5 * (2 + 0.3) + 0.25 * (4 + 0.3))  # entropy is a bonus
 
 
-def test_a_policy_of_another_class_is_imitated(script, tiny, tmp_path, checkpoints, monkeypatch):
+def test_a_policy_of_another_class_is_imitated(script, tiny, tmp_path, checkpoints, imitations):
     """By offline/bc.py, once: a resumed run takes the copy that is there."""
-    other, calls = checkpoints[o2o_td3 if script is o2o_sac else o2o_sac], []
-
-    def in_process(command):
-        calls.append(command)
-        flags = ["--updates", "20", "--eval-every-updates", "10", "--eval-episodes", "1", "--no-compile"]
-        bc.main(bc.parse_args([*map(str, command[2:]), *flags]))
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(script.subprocess, "run", in_process)
-    args = tiny(checkpoint=str(other), online_steps=4)
+    args = tiny(checkpoint=str(checkpoints[o2o_td3 if script is o2o_sac else o2o_sac]), online_steps=4)
     assert script.main(args)["status"] == "complete"
     copy = torch.load(tmp_path / "run/imitated.pt", weights_only=True)
     assert copy["policy"]["kind"] == script.KIND and copy["algorithm"] == "bc" and "teacher_score" in copy
     script.main(replace(args, resume=str(tmp_path / "run"), online_steps=8))
-    assert len(calls) == 1
+    assert len(imitations) == 1
+
+
+def test_a_policy_written_as_readme_says_is_fine_tuned_by_all_scripts(
+    script, tiny, tmp_path, imitations, monkeypatch, capsys
+):
+    """And acts as the user's network does, which is what README's last lines are for."""
+    code = re.search(r"## Your own policy.*?```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    net = nn.Sequential(nn.Linear(11, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 3))
+    mine = {"net": net, "mean": torch.full((11,), 0.5), "std": torch.full((11,), 2.0)}
+    monkeypatch.chdir(tmp_path)
+    exec(code, mine)
+    assert torch.allclose(mine["action"], torch.tanh(net(torch.full((1, 11), -0.25))))
+    assert script.main(tiny(checkpoint="mine.pt", online_steps=4))["status"] == "complete"
+    assert "mine.pt: mine, 0 updates on mine" in capsys.readouterr().out or script is not o2o_td3
+    assert len(imitations) == (script is not o2o_td3)
 
 
 def test_an_imitation_that_was_cut_off_goes_on_and_that_of_another_teacher_is_refused(
