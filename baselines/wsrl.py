@@ -166,7 +166,7 @@ def make_updates(args, nets, optimizers, split):
     (B, 2 O + A + 2), noise (n, B, A) standard normal, chosen (|Z|,): which critics the target takes. K next actions are
     backed up: cql_actions with --max-backup, else one."""
     actor, critics, targets = nets["actor"], nets["critics"], nets["targets"]
-    log_alpha, log_weight, k = nets["log_alpha"][0], nets["log_weight"][0], args.cql_actions
+    log_alpha, lagrange, k = nets["log_alpha"][0], nets["lagrange"][0], args.cql_actions
 
     def td_loss(rows, next_actions, chosen):
         obs, action, reward, next_obs, terminated = split(rows)
@@ -201,10 +201,10 @@ def make_updates(args, nets, optimizers, split):
         if args.calibrate:
             q_candidates = calibrated(q_candidates, floor, k)
         gap = conservative_gap(q_candidates, log_density, q, 1.0).mean(-1)
-        weight = torch.full_like(log_weight, args.cql_alpha)
+        weight = torch.full_like(lagrange, args.cql_alpha)
         if args.target_gap is not None:
-            weight, gap = log_weight.detach().exp().clamp(max=1e6), gap - args.target_gap
-            optimizers["log_weight"].minimize(-log_weight.exp() * gap.detach().mean())
+            weight, gap = F.softplus(lagrange.detach()), gap - args.target_gap
+            optimizers["lagrange"].minimize(-F.softplus(lagrange) * gap.detach().mean())
         optimizers["critics"].minimize(loss + weight * gap.sum())
         values = update_policy(rows, noise[3 * k])
         polyak(targets, critics, args.tau)
@@ -293,10 +293,11 @@ def train(args, run, data, saved):
     nets = {"actor": SquashedGaussianActor(*stats, data.act_dim, (256, 256), args.bf16), "critics": critics}
     nets |= {"targets": deepcopy(critics), "log_alpha": nn.ParameterList([torch.tensor(math.log(args.alpha))])}
     nets = warm_start(args.checkpoint, saved, nets)
-    nets["log_weight"] = nn.ParameterList([torch.tensor(0.0)])  # of --target-gap, which starts at 1
+    # its softplus is the weight of --target-gap, which starts at 1
+    nets["lagrange"] = nn.ParameterList([torch.tensor(math.log(math.e - 1))])
     nets = {name: net.to(device) for name, net in nets.items()}
     rates = {"actor": args.policy_lr, "log_alpha": args.policy_lr}
-    rates |= {"critics": args.critic_lr, "log_weight": args.critic_lr}
+    rates |= {"critics": args.critic_lr, "lagrange": args.critic_lr}
     optimizers = {name: Adam(nets[name].parameters(), rate) for name, rate in rates.items()}
     run.restore(nets, optimizers, torch.Generator(device).manual_seed(args.seed))
     updates = make_updates(args, nets, optimizers, data.split)

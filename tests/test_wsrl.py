@@ -59,8 +59,8 @@ def made(args, obs=5, act=2, hidden=(8, 8)):
     critics = wsrl.Critics(*stats, act, hidden, args.num_critics, layer_norm=True)
     nets = {"actor": wsrl.SquashedGaussianActor(*stats, act, hidden), "critics": critics, "targets": deepcopy(critics)}
     nets["log_alpha"] = nn.ParameterList([torch.tensor(math.log(args.alpha))])
-    nets["log_weight"] = nn.ParameterList([torch.tensor(1.0)])
-    names = "actor", "critics", "log_alpha", "log_weight"
+    nets["lagrange"] = nn.ParameterList([torch.tensor(1.0)])
+    names = "actor", "critics", "log_alpha", "lagrange"
     optimizers = {key: wsrl.Adam(nets[key].parameters(), 1e-2) for key in names}
     data = wsrl.Data("", torch.zeros(1, 2 * obs + act + 2), None, obs, act, (0, 1), None)
     generator = torch.Generator().manual_seed(0)
@@ -80,7 +80,7 @@ def test_each_update_moves_its_own_networks(gap):
     nets, (pretrain, critics, policy), rows, noise = made(tiny("x", target_gap=gap))
     everything = {"actor", "critics", "targets", "log_alpha"}
     for update, inputs, written in (
-        (pretrain, (rows, noise, torch.tensor([2, 0])), everything | ({"log_weight"} if gap else set())),
+        (pretrain, (rows, noise, torch.tensor([2, 0])), everything | ({"lagrange"} if gap else set())),
         (critics, (rows[:, :-1], noise[:1], torch.tensor([2, 0])), {"critics", "targets"}),
         (policy, (rows[:, :-1], noise[0]), {"actor", "log_alpha"}),
     ):
@@ -123,15 +123,15 @@ def test_the_floor_changes_the_gap_only_with_calibrate():
 
 
 def test_the_tuned_weight_stands_in_for_the_fixed_one():
-    """exp(log_weight), alone, multiplies the gap above the target: with another weight the critics move otherwise."""
+    """softplus(lagrange), alone, multiplies the gap above the target: with another the critics move otherwise."""
     critics = {}
-    for name, log_weight, changes in (("tuned", 1.0, {"target_gap": 0.8}), ("more", 2.0, {"target_gap": 0.8}),
-                                      ("fixed", 1.0, {"cql_alpha": math.e})):  # fmt: skip
+    for name, lagrange, changes in (("tuned", 1.0, {"target_gap": 0.8}), ("more", 2.0, {"target_gap": 0.8}),
+                                    ("fixed", 1.0, {"cql_alpha": math.log(1 + math.e)})):  # fmt: skip
         nets, (pretrain, _, _), rows, noise = made(tiny("x", **changes))
         with torch.no_grad():
-            nets["log_weight"][0].fill_(log_weight)
+            nets["lagrange"][0].fill_(lagrange)
         values = pretrain(rows, noise, torch.tensor([0, 1]))
-        assert values["cql_weight"].item() == pytest.approx(math.exp(log_weight), rel=1e-5)
+        assert values["cql_weight"].item() == pytest.approx(math.log(1 + math.exp(lagrange)), rel=1e-5)
         critics[name] = torch.cat([x.flatten() for x in nets["critics"].parameters()])
     torch.testing.assert_close(critics["tuned"], critics["fixed"])  # the target is a constant
     assert not torch.allclose(critics["tuned"], critics["more"])
@@ -141,7 +141,7 @@ def test_the_multiplier_rises_while_the_gap_is_too_wide():
     for target, sign in ((-1e3, 1), (1e3, -1)):  # -1000 is out of the flag's range: the gap is then always wider
         nets, (pretrain, _, _), rows, noise = made(tiny("x", target_gap=target))
         pretrain(rows, noise, torch.tensor([0, 1]))
-        assert sign * (nets["log_weight"][0].item() - 1) > 0
+        assert sign * (nets["lagrange"][0].item() - 1) > 0
 
 
 def test_only_the_chosen_critics_make_the_target():
@@ -261,7 +261,7 @@ def test_antmazes_variant_runs(tmp_path, monkeypatch):
     summary = wsrl.main(tiny(tmp_path / "run", calibrate=True, max_backup=True, target_gap=0.8, critic_layers=4))
     assert summary["status"] == "complete" and 0 < floors[0].max() < 1000  # of Hopper's rewards
     weights = [json.loads(line).get("offline/cql_weight") for line in (tmp_path / "run/metrics.jsonl").open()]
-    assert weights[0] != 5 and weights[:2] != weights[1::-1]  # tuned
+    assert weights[0] == pytest.approx(1, abs=0.01) and weights[:2] != weights[1::-1]  # tuned, from 1 on
 
 
 def test_refusals(whole, tmp_path):
